@@ -1,0 +1,75 @@
+# Everything from a clean clone, with nothing but python3 and make: `make help` lists what there is.
+
+# uv installs Python packages from the lock file. Where there is none, a private one is put into .uv/.
+UV_VERSION := 0.13.9
+UV ?= $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
+
+# Which torch: `default` is the registry's build (on Linux with CUDA, several GB), `cpu` the small CPU-only one.
+# Said once, it holds for this clone until the other one is asked for.
+INSTALLED := $(shell cat .venv/.torch 2>/dev/null)
+TORCH ?= $(or $(INSTALLED),default)
+# The requirement that TORCH=cpu installs: the locked version, unless another version or a wheel is named.
+TORCH_SPEC ?= torch==$(shell sed -n '/^name = "torch"$$/{n;s/^version = "\(.*\)"$$/\1/p;}' uv.lock)
+
+ifeq ($(filter default cpu,$(TORCH)),)
+$(error TORCH: found "$(TORCH)", expected "default" or "cpu")
+endif
+
+# The environment of this clone and no other, whichever is active in the shell.
+unexport VIRTUAL_ENV CONDA_PREFIX
+export UV_PROJECT_ENVIRONMENT := .venv
+
+RUN := $(UV) run --no-sync
+# Models in tests are tiny: one thread each is fastest, and leaves the other cores alone.
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) pytest
+
+.PHONY: help demo test test-all lint format sync FORCE
+.NOTPARALLEL:
+
+help:
+	@echo "make demo       PPO teaches a small language model arithmetic, in minutes   (options: ARGS=...)"
+	@echo "make test       the tests, without the slow ones                            (options: ARGS=...)"
+	@echo "make test-all   all tests                                                   (options: ARGS=...)"
+	@echo "make lint       ruff and mypy"
+	@echo "make format     let ruff rewrite what it can"
+	@echo "make sync       only install into .venv"
+	@echo "Each installs what it needs into .venv first; TORCH=cpu takes the small CPU-only torch."
+
+demo: sync
+	$(RUN) tether demo $(ARGS)
+
+test: sync
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: sync
+	$(PYTEST) $(ARGS)
+
+lint: sync
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+format: sync
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+sync: .venv/.torch
+
+# Holds the name of the torch that is installed, and is as new as the last complete installation.
+.venv/.torch: pyproject.toml uv.lock $(if $(filter $(TORCH),$(INSTALLED)),,FORCE) | $(filter .uv/bin/uv,$(UV))
+	@$(UV) python find --quiet >/dev/null 2>&1 || $(UV) python install --quiet 3.12 2>/dev/null || { \
+		echo "make: Tether needs Python 3.11, 3.12 or 3.13: none was found and none could be downloaded;" \
+			"install one and run make again" >&2; exit 1; }
+ifeq ($(TORCH),cpu)
+	$(UV) venv --quiet --clear .venv
+	$(UV) export --quiet --frozen --no-hashes --no-emit-project --prune torch -o .venv/requirements.txt
+	$(UV) export --quiet --frozen --no-hashes --no-emit-project --no-emit-package torch -o .venv/constraints.txt
+	$(UV) pip install --python .venv --compile-bytecode --torch-backend cpu \
+		-r .venv/requirements.txt -c .venv/constraints.txt "$(TORCH_SPEC)" -e .
+else
+	$(UV) sync --frozen --compile-bytecode
+endif
+	@echo $(TORCH) > $@
+
+.uv/bin/uv:
+	@sh .ci/bring-uv .uv $(UV_VERSION)

@@ -1,0 +1,5 @@
+"""`python -m tether` is the command line."""
+
+from tether.cli import script
+
+script()

@@ -1,0 +1,170 @@
+"""The command line, thin: arguments in, a room called, errors as one line.
+
+`tether COMMAND --help` lists every field of the command's configuration with its default and meaning.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tether.errors import UserError
+
+
+@dataclass(frozen=True)
+class _Command:
+    summary: str
+    run: Callable[[list[str]], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 done, 1 a check failed or numbers overflowed, 2 wrong input."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if words[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"tether {version('tether')}")
+        return 0
+    try:
+        if words[0] not in COMMANDS:
+            raise UserError(f"no command {words[0]!r}; expected one of {', '.join(COMMANDS)}")
+        _quiet_libraries()
+        return COMMANDS[words[0]].run(words[1:])
+    except (UserError, FloatingPointError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"tether: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("tether: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def script() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [
+        "usage: tether COMMAND [--config FILE.yaml] [flags]",
+        "",
+        "PPO for language models and for control, from one core.",
+        "",
+        *(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()),
+        "",
+        "tether COMMAND --help   every setting of a command, with its default",
+        "--debug                 a traceback with an error",
+    ]
+    return "\n".join(lines)
+
+
+def _quiet_libraries() -> None:
+    """Tether shows its own progress; of the libraries only errors are of use here."""
+    logging.basicConfig(format="tether: %(message)s", level=logging.INFO)
+    for name in ("httpx", "datasets", "filelock", "urllib3", "huggingface_hub", "matplotlib", "absl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forks of a data loader would make it complain
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _ppo(arguments: list[str]) -> int:
+    from tether.config import load_config
+    from tether.pipeline.ppo import PPOConfig, train_ppo
+    from tether.runs import Display, latest_checkpoint
+
+    resume = "--resume" in arguments
+    if resume:
+        place = arguments.index("--resume")
+        if len(arguments) <= place + 1 or arguments[place + 1].startswith("-"):
+            raise UserError("--resume needs the folder of a run, e.g. --resume runs/ppo")
+        if "--config" in arguments:
+            raise UserError("--resume takes the configuration of the run; leave --config out, flags may change fields")
+        folder = arguments[place + 1]
+        if not (Path(folder) / "config.yaml").is_file():
+            raise UserError(f"{folder}: holds no run to resume (no config.yaml)")
+        rest = arguments[:place] + arguments[place + 2 :]
+        arguments = ["--config", str(Path(folder) / "config.yaml"), "--output", folder, *rest]
+    config = load_config(PPOConfig, arguments, "tether ppo", "PPO on a language model, prompts and a reward.")
+    done = latest_checkpoint(config.output) if resume else None
+    columns = ("score", "reward", "kl", "entropy", "response_length", "eos_share", "clip_fraction", "explained_variance")
+    with Display(config.iterations, columns, start=done[0] if done else 0) as display:
+        train_ppo(config, resume=resume, report=lambda iteration: display.update(iteration.number, iteration.metrics))
+    newest = latest_checkpoint(config.output)
+    if newest is not None:
+        print(f"\nthe policy, a Hugging Face folder:  {newest[1] / 'policy'}")
+        if newest[0] < config.iterations:
+            print(f"go on with it:                      tether ppo --resume {config.output}")
+    return 0
+
+
+def _sft(arguments: list[str]) -> int:
+    from tether.config import load_config
+    from tether.pipeline.sft import SFTConfig, sft
+
+    config = load_config(SFTConfig, arguments, "tether sft", "Fine-tune a causal language model on text or chat.")
+    print(f"\nthe model, a Hugging Face folder:  {sft(config, show=True)}")
+    return 0
+
+
+def _generate(arguments: list[str]) -> int:
+    from tether.config import load_config
+    from tether.pipeline.generate import GenerateConfig, generate
+
+    generate(load_config(GenerateConfig, arguments, "tether generate", "Responses of a policy to prompts."))
+    return 0
+
+
+def _evaluate(arguments: list[str]) -> int:
+    from tether.config import load_config
+    from tether.pipeline.evaluate import EvalConfig, evaluate
+
+    evaluate(load_config(EvalConfig, arguments, "tether eval", "Mean score and pass@k of a policy on prompts."))
+    return 0
+
+
+def _demo(arguments: list[str]) -> int:
+    from tether.config import load_config
+    from tether.pipeline.demo import DemoConfig, demo
+
+    demo(load_config(DemoConfig, arguments, "tether demo", "A small model learns arithmetic by PPO, in two minutes."))
+    return 0
+
+
+def _prove(arguments: list[str]) -> int:
+    from tether.config import load_config
+    from tether.pipeline.prove import ProveConfig, prove
+
+    description = "PPO in a world whose optimum is known: how much of the possible gain does it get?"
+    return 0 if prove(load_config(ProveConfig, arguments, "tether prove", description)).passed else 1
+
+
+COMMANDS = {
+    "demo": _Command("a small model learns arithmetic by PPO, token by token", _demo),
+    "ppo": _Command("PPO on a language model, prompts and a reward", _ppo),
+    "sft": _Command("fine-tune a language model on text or chat", _sft),
+    "generate": _Command("responses of a policy to prompts", _generate),
+    "eval": _Command("mean score and pass@k of a policy on prompts with a reward", _evaluate),
+    "prove": _Command("PPO in a world whose optimum is known: how near does it come?", _prove),
+}
+
+if __name__ == "__main__":
+    script()

@@ -1,0 +1,13 @@
+"""What a user did that cannot work, said in one line. Knows nothing of any room of the house."""
+
+
+class UserError(Exception):
+    """A mistake in what came from outside: a file, a field, a reward function, a model folder.
+
+    The message is one line that names the place (file, row, field), what was found and what was expected.
+    The command line prints it without a traceback and exits with code 2; from Python it is an ordinary exception.
+    """
+
+
+class RewardError(UserError):
+    """A reward function raised, hung or returned something that is not one finite number per completion."""

@@ -1,0 +1,328 @@
+"""Prompts: from the rows of a data set to the token ids that a policy continues.
+
+Text prompts and chat messages, chat through the tokenizer's own template. Knows nothing of sampling or of rewards; all
+columns of the data set travel with a prompt, for whoever needs them.
+"""
+
+from __future__ import annotations
+
+import logging
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from tether.errors import UserError
+from tether.language.rows import Row, load_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Prompt", "PromptsConfig", "load_prompts", "load_rows"]
+
+logger = logging.getLogger(__name__)
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """Which prompts to use, and how to read them."""
+
+    path: str = ""
+    """File (.jsonl, .json, .csv, also as .gz; .parquet), folder saved by `datasets`, or hub name (`name:config`)."""
+    split: str = "train"
+    """Split of a dataset folder or of a hub dataset."""
+    column: str | None = None
+    """Column with the prompt, as text or as a list of messages. Without it: `prompt`, else `messages`."""
+    system: str | None = None
+    """System message put before every conversation; needs a chat template."""
+    template: str | None = None
+    """Text prompt made of columns, for example "Question: {question}\\nAnswer:". Takes the place of `column`."""
+    chat: bool = False
+    """Wrap each text prompt as one user message through the chat template."""
+    max_tokens: int | None = None
+    """Longest prompt, in tokens. Without it: what the model's context leaves room for."""
+    overlong: Literal["error", "skip"] = "error"
+    """What happens to a prompt that is longer: stop with an error, or leave it out and say how many were."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, ready to be continued.
+
+    Attributes:
+        text: what the model reads, the chat template applied.
+        token_ids: `text` in tokens; no eos that the tokenizer would append.
+        source: what a reward gets as `prompts[i]`: the text, or the messages of a chat prompt.
+        columns: every column of the row, the prompt's own included.
+        row: 1-based row in the data set.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    source: str | Messages
+    columns: dict[str, Any]
+    row: int
+
+
+def load_prompts(
+    config: PromptsConfig, tokenizer: PreTrainedTokenizerBase, context_length: int | None, reserve: int
+) -> list[Prompt]:
+    """Read, render and tokenise the prompts of a data set.
+
+    Args:
+        config: which data set, and how to read it.
+        tokenizer: the policy's; text prompts get its usual special tokens (BOS if it adds one), chat prompts exactly
+            those that its template writes.
+        context_length: tokens that the model can see, None for a model without a limit.
+        reserve: tokens of the context kept free for the response.
+
+    Raises:
+        UserError: the data, or one row of it, is not as `config` says. With `overlong="skip"` prompts that are too long
+            are left out with a logged warning; it is an error when none is left.
+    """
+    room = _room(config, context_length, reserve)
+    if config.template is not None and config.column is not None:
+        raise UserError(
+            "prompts: `column` and `template` are both set, but a template names its columns itself: drop one"
+        )
+    rows = load_rows(config.path, config.split)
+    columns = list(rows[0])
+    if config.template is not None:
+        _check_template(config.template, columns, config.path)
+        column = None
+    else:
+        column = _prompt_column(config, columns)
+    sources = [_source(config, row, column, f"{config.path}, row {number}") for number, row in enumerate(rows, start=1)]
+    kinds = [isinstance(source, str) for source in sources]
+    if any(kinds) != all(kinds):
+        odd = kinds.index(not kinds[0])
+        found, first = ("text", "a list of messages") if kinds[odd] else ("a list of messages", "text")
+        raise UserError(
+            f"{config.path}, row {odd + 1}: the prompt is {found}, but that of row 1 is {first}: use one form"
+        )
+    if kinds[0]:
+        if config.system is not None:
+            raise UserError(
+                "prompts.system is set, but the prompts are plain text: add `--prompts.chat`, or leave it out"
+            )
+        texts = [source for source in sources if isinstance(source, str)]
+        token_ids = _tokenize_text(tokenizer, texts)
+    else:
+        texts = _render_chats(tokenizer, sources, config.path)
+        token_ids = _encode(tokenizer, texts, special_tokens=False)
+    prompts = [
+        Prompt(text, tuple(ids), source, row, number)
+        for number, (text, ids, source, row) in enumerate(zip(texts, token_ids, sources, rows, strict=True), start=1)
+    ]
+    for prompt in prompts:
+        if not prompt.token_ids:
+            raise UserError(
+                f"{config.path}, row {prompt.row}: the tokenizer makes no token of the prompt {prompt.text!r}"
+            )
+    return _fitting(prompts, config, room, context_length, reserve)
+
+
+def _room(config: PromptsConfig, context_length: int | None, reserve: int) -> int | None:
+    """Tokens that a prompt may have; None for no limit."""
+    if config.max_tokens is not None and config.max_tokens < 1:
+        raise UserError(f"prompts.max_tokens is {config.max_tokens}; expected at least 1")
+    if config.overlong not in ("error", "skip"):
+        raise UserError(f"prompts.overlong is {config.overlong!r}; expected `error` or `skip`")
+    if context_length is None:
+        return config.max_tokens
+    if context_length - reserve < 1:
+        raise UserError(
+            f"max_new_tokens is {reserve}, which leaves no room for a prompt in the model's context of "
+            f"{context_length} tokens: lower max_new_tokens"
+        )
+    room = context_length - reserve
+    return room if config.max_tokens is None else min(room, config.max_tokens)
+
+
+def _prompt_column(config: PromptsConfig, columns: Sequence[str]) -> str:
+    listed = ", ".join(columns)
+    if config.column is not None:
+        if config.column not in columns:
+            raise UserError(f"{config.path}: no column `{config.column}` (prompts.column); it has: {listed}")
+        return config.column
+    for name in ("prompt", "messages"):
+        if name in columns:
+            return name
+    raise UserError(
+        f"{config.path}: no column `prompt` or `messages`; it has: {listed}: name the one to use, as in "
+        f"`--prompts.column {columns[0]}`, or write `--prompts.template`"
+    )
+
+
+def _template_columns(template: str) -> list[str]:
+    """The columns that a `str.format` template names; ValueError where it is malformed."""
+    fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+    return [field.split(".")[0].split("[")[0] for field in fields]
+
+
+def _check_template(template: str, columns: Sequence[str], path: str) -> None:
+    try:
+        names = _template_columns(template)
+    except ValueError as error:
+        raise UserError(f"prompts.template: {error}: write {{{{ and }}}} for braces that are meant as such") from error
+    if not names:
+        raise UserError("prompts.template names no column; expected at least one, as in `Question: {question}`")
+    for name in names:
+        if name not in columns:
+            raise UserError(f"prompts.template: names the column `{name}`, but {path} has: {', '.join(columns)}")
+
+
+def _source(config: PromptsConfig, row: Row, column: str | None, where: str) -> str | Messages:
+    """The prompt as a reward will see it: text, or messages."""
+    if column is None:
+        assert config.template is not None
+        for name in _template_columns(config.template):
+            if row[name] is None:
+                raise UserError(f"{where}: column `{name}`, which prompts.template names, is null or missing")
+        try:
+            value: object = config.template.format(**row)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise UserError(f"{where}: prompts.template cannot be filled: {type(error).__name__}: {error}") from error
+        field = "the prompt made by prompts.template"
+    else:
+        value, field = row[column], f"column `{column}`"
+    if isinstance(value, list):
+        return _messages(config, value, where, field)
+    if not isinstance(value, str):
+        found = "null or missing" if value is None else f"{type(value).__name__} ({value!r:.40})"
+        raise UserError(f"{where}: {field} is {found}; expected text or a list of messages")
+    _check_text(value, where, field)
+    if not config.chat:
+        return value
+    return _messages(config, [{"role": "user", "content": value}], where, field)
+
+
+def _check_text(text: str, where: str, field: str) -> None:
+    if not text.strip():
+        raise UserError(f"{where}: {field} is empty; expected a prompt")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer can read
+        raise UserError(f"{where}: {field} holds {text[error.start]!r}, half of a surrogate pair, not text") from error
+
+
+def _messages(config: PromptsConfig, messages: list[Any], where: str, field: str) -> Messages:
+    """The conversation, checked: roles and text contents, the last turn not the assistant's."""
+    if not messages:
+        raise UserError(f"{where}: {field} is an empty list; expected at least one message")
+    checked: Messages = []
+    for number, message in enumerate(messages, start=1):
+        place = f"{field}, message {number}"
+        if not isinstance(message, dict):
+            raise UserError(
+                f"{where}: {place} is {type(message).__name__}; expected an object with `role` and `content`"
+            )
+        for key in ("role", "content"):
+            if message.get(key) is None:
+                raise UserError(f"{where}: {place} has no `{key}`; it has: {', '.join(map(str, message)) or 'nothing'}")
+            if not isinstance(message[key], str):
+                raise UserError(f"{where}: {place}: `{key}` is {type(message[key]).__name__}; expected text")
+        # Columns saved by `datasets` hold every key that any message has, null where this one lacks it.
+        checked.append({key: value for key, value in message.items() if value is not None})
+    last = checked[-1]
+    if last["role"] == "assistant":
+        raise UserError(
+            f"{where}: {field} ends with an assistant turn, but that turn is what the policy writes: "
+            "leave the last message out of the prompt (a column of its own can hold it for the reward)"
+        )
+    for number, message in enumerate(checked, start=1):
+        if message is last or message["role"] == "user":
+            _check_text(message["content"], where, f"{field}, message {number}")
+    if config.system is None:
+        return checked
+    if checked[0]["role"] == "system":
+        raise UserError(f"{where}: {field} begins with a system message, and prompts.system is set too: leave one out")
+    return [{"role": "system", "content": config.system}, *checked]
+
+
+def _render_chats(tokenizer: PreTrainedTokenizerBase, sources: Sequence[str | Messages], path: str) -> list[str]:
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{path}: the prompts are chat messages, but the tokenizer of {tokenizer.name_or_path or 'the model'} "
+            "has no chat template: use an instruction-tuned model's tokenizer, or text prompts (`--prompts.template`)"
+        )
+    texts = []
+    for number, messages in enumerate(sources, start=1):
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program of its author's: it may raise anything
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{path}, row {number}: the tokenizer's chat template refuses the messages: {reason}"
+            ) from error
+        texts.append(str(text))
+    return texts
+
+
+def _tokenize_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids with the tokenizer's special tokens, less an eos that it appends: the response comes before eos."""
+    full = _encode(tokenizer, texts, special_tokens=True)
+    eos = tokenizer.eos_token_id
+    ending = [row for row, ids in enumerate(full) if _trailing(ids, eos)]
+    if not ending:
+        return full
+    plain = _encode(tokenizer, [texts[row] for row in ending], special_tokens=False)
+    for with_special, without in zip([full[row] for row in ending], plain, strict=True):
+        # An eos written in the text itself stays: only what the tokenizer added at the end is taken off.
+        while _trailing(with_special, eos) > _trailing(without, eos):
+            with_special.pop()
+    return full
+
+
+def _trailing(ids: Sequence[int], token_id: int | None) -> int:
+    """How many times `token_id` stands at the end of `ids`."""
+    count = 0
+    while count < len(ids) and ids[-1 - count] == token_id:
+        count += 1
+    return count
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special_tokens: bool) -> list[list[int]]:
+    # verbose=False: no warning about length, as lengths are checked against the model's context below.
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=special_tokens,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return [list(ids) for ids in encoded["input_ids"]]
+
+
+def _fitting(
+    prompts: list[Prompt], config: PromptsConfig, room: int | None, context_length: int | None, reserve: int
+) -> list[Prompt]:
+    """The prompts with at most `room` tokens; the others are an error, or are left out and counted."""
+    if room is None:
+        return prompts
+    fitting = [prompt for prompt in prompts if len(prompt.token_ids) <= room]
+    if len(fitting) == len(prompts):
+        return prompts
+    if context_length is not None and room == context_length - reserve:
+        limit = f"the model's context of {context_length} less max_new_tokens ({reserve}) leaves room for {room}"
+        remedy = "lower max_new_tokens"
+    else:
+        limit, remedy = f"prompts.max_tokens is {room}", "raise prompts.max_tokens"
+    if config.overlong == "error":
+        first = next(prompt for prompt in prompts if len(prompt.token_ids) > room)
+        raise UserError(
+            f"{config.path}, row {first.row}: the prompt has {len(first.token_ids)} tokens, but {limit}: shorten it, "
+            f"{remedy}, or leave such prompts out with `--prompts.overlong skip`"
+        )
+    if not fitting:
+        shortest = min(len(prompt.token_ids) for prompt in prompts)
+        raise UserError(
+            f"{config.path}: every one of the {len(prompts)} prompts is too long (the shortest has {shortest} tokens), "
+            f"as {limit}: {remedy}, or bring shorter prompts"
+        )
+    skipped = len(prompts) - len(fitting)
+    logger.warning("%s: skipped %d of %d prompts: %s tokens", config.path, skipped, len(prompts), limit)
+    return fitting

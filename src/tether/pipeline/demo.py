@@ -1,0 +1,263 @@
+"""`tether demo`: a small model learns to add by PPO, and shows each token as an action.
+
+A language model and its tokenizer are made on the spot and fine-tuned on arithmetic whose answers are often wrong, so
+that the model knows the form of an answer and, at best, what is likelier right than wrong. Then a verifier is the only
+teacher: +1 for a right answer, −1 for a wrong one, and β·KL holds the policy to the fine-tuned model.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from tether.language.policy import LanguagePolicy
+from tether.language.prompts import Prompt
+from tether.language.sampler import Sampler, SamplingConfig
+from tether.language.world import CollectConfig, LanguageWorld
+from tether.pipeline.ppo import Parts, PPOConfig, Trained, train_ppo
+from tether.pipeline.sft import SFTConfig, fine_tune
+from tether.ppo import AdvantageConfig, Episode, KLConfig, Learner, LearnerConfig
+from tether.rewards import Rewards, RewardsConfig
+from tether.runs import Display
+from tether.runs.episode_table import episode_table
+
+FIRST_QUESTION = (2, 2)
+EOS = "</s>"
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The demonstration."""
+
+    seed: int = 0
+    """Of everything random: the problems held out, the wrong answers, the model, the samples."""
+    output: str = "runs/demo"
+    """Folder of the run; the demo of an earlier time there is replaced."""
+    largest: int = 29
+    """The numbers to add go from 0 to this."""
+    held_out: float = 0.2
+    """Share of the problems that neither phase of training sees."""
+    wrong: float = 0.45
+    """Share of the answers that are wrong in the text for fine-tuning."""
+    sft_steps: int = 500
+    """Optimizer steps of fine-tuning."""
+    iterations: int = 60
+    """Iterations of PPO."""
+
+    def __post_init__(self) -> None:
+        if self.largest < 9:
+            raise ValueError(f"largest is {self.largest}, expected at least 9")
+        for name in ("held_out", "wrong"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a share between 0 and 1")
+        for name in ("sft_steps", "iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Share of right sampled answers to held-out problems, before and after PPO, and the KL that PPO spent."""
+
+    accuracy_before: float
+    accuracy_after: float
+    kl: float
+    seconds: float
+    episode: Episode
+
+
+def demo(config: DemoConfig) -> DemoResult:
+    """Run the demonstration and print it."""
+    started = time.perf_counter()
+    console = Console(highlight=False)
+    rng = random.Random(config.seed)
+    torch.manual_seed(config.seed)
+    seen, held_out = split_problems(config, rng)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    parameters = sum(p.numel() for p in model.parameters())
+    console.print(
+        f"[bold]1. A model that has read sloppy arithmetic[/bold]\n"
+        f"   {parameters:,} parameters, {len(tokenizer)} tokens; fine-tuned on sums of numbers up to {config.largest}, "
+        f"{config.wrong:.0%} of the answers wrong\n"
+    )
+    _fine_tune(config, model, tokenizer, seen, rng)
+    before, _ = accuracy(model, tokenizer, held_out, config.seed)
+    console.print(f"\n   right answers to {len(held_out)} sums that it has never seen: [bold]{before:.1%}[/bold]\n")
+    console.print("[bold]2. PPO: a verifier is the only teacher[/bold]  (+1 right, −1 wrong, −β·KL to the model above)\n")
+    trained = _reinforce(config, model, tokenizer, seen)
+    after, kl = accuracy(model, tokenizer, held_out, config.seed, trained.world)
+    seconds = time.perf_counter() - started
+    console.print(
+        f"\n   right answers to the same {len(held_out)} sums: [bold]{before:.1%} → {after:.1%}[/bold], "
+        f"sampled, at {kl:.2f} nats of KL per response; {seconds:.0f} s in all\n"
+    )
+    episode = one_episode(trained, FIRST_QUESTION, tokenizer)
+    _show_episode(console, episode)
+    _what_next(console, config, trained)
+    return DemoResult(before, after, kl, seconds, episode)
+
+
+def split_problems(config: DemoConfig, rng: random.Random) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Problems for training and problems held out; "2 + 2" is always among the latter."""
+    numbers = range(config.largest + 1)
+    problems = [(a, b) for a in numbers for b in numbers if (a, b) != FIRST_QUESTION]
+    rng.shuffle(problems)
+    count = round(config.held_out * len(problems))
+    return problems[count:], [FIRST_QUESTION, *problems[:count]]
+
+
+def question(problem: tuple[int, int]) -> str:
+    return f"What is {problem[0]} + {problem[1]}?"
+
+
+def make_tokenizer() -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer trained on questions, with each digit a token of its own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    questions = [question((a, b)) for a in range(10) for b in range(10)]
+    trainer = trainers.BpeTrainer(vocab_size=64, special_tokens=[EOS], show_progress=False)
+    tokenizer.train_from_iterator(questions, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS)
+
+
+def make_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A Llama of half a million parameters, its weights drawn from torch's global generator."""
+    width = 128
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _fine_tune(
+    config: DemoConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    seen: list[tuple[int, int]],
+    rng: random.Random,
+) -> None:
+    batch = 256
+    rows = []
+    for _ in range(config.sft_steps * batch):
+        problem = rng.choice(seen)
+        answer = sum(problem)
+        if rng.random() < config.wrong:
+            answer = rng.choice([n for n in range(max(0, answer - 10), answer + 11) if n != answer])
+        rows.append({"prompt": question(problem), "completion": str(answer)})
+    settings = SFTConfig(
+        learning_rate=2e-3, batch_size=batch, warmup_steps=30, seed=config.seed, microbatch_tokens=16384
+    )
+    with Display(config.sft_steps, ("loss", "tokens_per_second"), unit="step") as display:
+
+        def report(metrics: dict[str, float]) -> None:
+            if metrics["step"] % 100 == 0 and metrics["step"]:
+                display.update(int(metrics["step"]), metrics)
+
+        fine_tune(model, tokenizer, rows, settings, report)
+
+
+def _reinforce(
+    config: DemoConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seen: list[tuple[int, int]]
+) -> Trained:
+    settings = PPOConfig(
+        output=config.output,
+        overwrite=True,
+        iterations=config.iterations,
+        seed=config.seed,
+        checkpoint_every=config.iterations,
+        reward=RewardsConfig(functions=("arithmetic",)),
+        sampling=SamplingConfig(max_new_tokens=4, batch_size=1024),
+        collect=CollectConfig(prompts=256),
+        kl=KLConfig(beta=0.05),
+        advantage=AdvantageConfig(lam=1.0),
+        learner=LearnerConfig(learning_rate=3e-4, value_learning_rate=3e-3, epochs=2, microbatch_tokens=16384),
+    )
+    parts = Parts(model, tokenizer, as_prompts(seen, tokenizer))
+    columns = ("score", "reward", "kl", "entropy", "clip_fraction", "explained_variance")
+    with Display(config.iterations, columns) as display:
+        return train_ppo(settings, parts, report=lambda step: display.update(step.number, step.metrics))
+
+
+def as_prompts(problems: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    texts = [question(problem) for problem in problems]
+    return [
+        Prompt(text, tuple(ids), text, {"prompt": text}, row)
+        for row, (text, ids) in enumerate(zip(texts, tokenizer(texts).input_ids, strict=True), start=1)
+    ]
+
+
+def accuracy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[tuple[int, int]],
+    seed: int,
+    world: LanguageWorld | None = None,
+) -> tuple[float, float]:
+    """Share of sampled answers that are right, two to each problem, and, given a world, their KL to its reference."""
+    prompts = as_prompts(problems, tokenizer) * 2
+    sampler = Sampler(LanguagePolicy(model), tokenizer, SamplingConfig(max_new_tokens=4, batch_size=1024), seed + 1)
+    if world is None:
+        texts = sampler.sample([p.token_ids for p in prompts]).texts
+        scores = Rewards(RewardsConfig(("arithmetic",)))([p.text for p in prompts], texts, [[] for _ in texts], {}).total
+        return sum(score > 0 for score in scores) / len(scores), 0.0
+    settings = replace(world.config, prompts=len(prompts))
+    exam = LanguageWorld(world.policy, world.reference, sampler, prompts, world.rewards, world.kl, settings, seed)
+    metrics = exam.metrics(exam.collect())
+    return (metrics["score"] + 1) / 2, metrics["kl"]
+
+
+def one_episode(trained: Trained, problem: tuple[int, int], tokenizer: PreTrainedTokenizerBase) -> Episode:
+    """The trained policy answers one question; advantages are shown as they are, not whitened."""
+    world = trained.world
+    alone = LanguageWorld(
+        world.policy,
+        world.reference,
+        world.sampler,
+        as_prompts([problem], tokenizer),
+        world.rewards,
+        world.kl,
+        replace(world.config, prompts=1),
+    )
+    trajectories = alone.collect()
+    learner = Learner(world.policy, advantage=replace(trained.learner.advantage, whiten=False))
+    return alone.episodes(trajectories, *learner.credit(trajectories))[0]
+
+
+def _show_episode(console: Console, episode: Episode) -> None:
+    verdict = "right: +1" if episode.score > 0 else "wrong: −1"
+    console.print(f'[bold]3. One episode[/bold]  the prompt "{episode.prompt}", which it has never been trained on\n')
+    console.print(episode_table(episode))
+    console.print(
+        f'\n   "{episode.response}" is {verdict}. Each token is an action; the score comes with the last one, −β·KL with '
+        "each.\n   V(s) is what the critic expected before the action; the advantage is what came beyond that.\n"
+    )
+
+
+def _what_next(console: Console, config: DemoConfig, trained: Trained) -> None:
+    console.print("[bold]What to try next[/bold]")
+    console.print(
+        f"   tether generate --model {trained.policy} --prompt 'What is 12 + 7?' --samples 4\n"
+        f"   tensorboard --logdir {config.output}\n"
+        "   tether prove                      PPO where the optimum is known: how near does it come?\n"
+        "   tether ppo --model YOUR_MODEL --prompts.path prompts.jsonl --reward.functions rewards.py:score\n"
+    )

@@ -1,0 +1,241 @@
+"""`tether eval`: how well a policy does on prompts with a reward: mean score and pass@k, with their uncertainty.
+
+Uncertainty is that of the prompts: several responses to one prompt are not independent, so each prompt counts once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from tether.config import config_to_dict
+from tether.errors import UserError
+from tether.language.models import context_length
+from tether.language.prompts import PromptsConfig, load_prompts
+from tether.language.sampler import Sampler, SamplingConfig
+from tether.language.world import as_completion
+from tether.pipeline.generate import Response, load_sampler, open_rows, sample_responses, write_row
+from tether.rewards import Rewards, RewardsConfig, Scores
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Mean score and pass@k of a policy on prompts with a reward."""
+
+    model: str = ""
+    """Folder or hub name of the policy, such as the `policy/` of a checkpoint."""
+    samples: int = 1
+    """Responses to each prompt. pass@k needs at least k, and is the more exact the more there are."""
+    k: tuple[int, ...] = ()
+    """The k of pass@k, at most `samples` each. None given: 1, 2, 4, … up to `samples`."""
+    threshold: float = 0.0
+    """A response is correct if its score is above this."""
+    output: str | None = None
+    """JSON file for the result, the result of each prompt and the configuration."""
+    responses: str | None = None
+    """JSONL file for every response with its score."""
+    overwrite: bool = False
+    """Replace files that are already there."""
+    seed: int = 0
+    """Of the sampler."""
+    device: str = "cpu"
+    """Torch device, e.g. cpu or cuda."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the model's parameters."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a model from the hub. Off: such models are refused."""
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    reward: RewardsConfig = field(default_factory=RewardsConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples is {self.samples}, expected 1 or more")
+        for k in self.k:
+            if not 1 <= k <= self.samples:
+                raise ValueError(f"k holds {k}, expected 1 to samples ({self.samples}): raise samples or lower k")
+        if self.sampling.temperature == 0 and self.samples > 1:
+            raise ValueError(f"sampling.temperature is 0, so all {self.samples} samples are the same: set samples to 1")
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"threshold is {self.threshold}, expected a finite number")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over prompts and its standard error s/√n; None where fewer than two prompts have a value."""
+
+    mean: float
+    standard_error: float | None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % confidence interval by the normal approximation, which is rough below some 30 prompts."""
+        if self.standard_error is None:
+            return None
+        half = 1.959963984540054 * self.standard_error
+        return self.mean - half, self.mean + half
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What an evaluation found.
+
+    Attributes:
+        score: of a response.
+        parts: of each reward function by name, before its weight, where there are several.
+        pass_at: for each k, the probability that the best of k responses is correct.
+        terminated: share of responses that ended by themselves.
+        response_tokens: mean length, eos included.
+        per_prompt: for each prompt its row, mean score and number of correct responses.
+    """
+
+    prompts: int
+    samples: int
+    score: Estimate
+    parts: dict[str, Estimate]
+    pass_at: dict[int, Estimate]
+    terminated: float
+    response_tokens: float
+    per_prompt: list[dict[str, Any]]
+
+
+def evaluate(config: EvalConfig, show: bool = True) -> EvalResult:
+    """Sample, score and sum up; prints a table unless `show` is False.
+
+    Raises:
+        UserError: names the folder, file, row or field that cannot be used.
+        RewardError: a reward function failed; responses scored before are in `config.responses`.
+    """
+    rewards = Rewards(config.reward)
+    if not config.prompts.path:
+        raise UserError("no prompts given: name a file with --prompts.path")
+    if config.output is not None and Path(config.output).exists() and not config.overwrite:
+        raise UserError(f"{config.output}: the file is already there; name another, or set `overwrite`")
+    sampler = load_sampler(
+        config.model, config.sampling, config.seed, config.device, config.dtype, config.trust_remote_code
+    )
+    context = context_length(sampler.policy.model)
+    prompts = load_prompts(config.prompts, sampler.tokenizer, context, config.sampling.max_new_tokens)
+    columns = {name: [prompt.columns[name] for prompt in prompts] for name in prompts[0].columns}
+    rewards.check(columns, [prompt.source for prompt in prompts])
+    console = Console(highlight=False)
+    with Progress(console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
+        task = progress.add_task("prompts", total=len(prompts))
+        groups: list[tuple[list[Response], Scores]] = []
+        with open_rows(config.responses, config.overwrite) as file:
+            for responses in sample_responses(sampler, prompts, config.samples):
+                scores = score_responses(rewards, responses)
+                groups.append((responses, scores))
+                if file is not None:
+                    for response, score in zip(responses, scores.total, strict=True):
+                        write_row(file, response.as_row() | {"score": score})
+                progress.advance(task, len(responses) / config.samples)
+    result = summarise(groups, config)
+    if config.output is not None:
+        _write(config, result)
+    if show:
+        console.print(_table(config, result))
+    return result
+
+
+def score_responses(rewards: Rewards, responses: Sequence[Response]) -> Scores:
+    """The scores of responses, each reward called as it is in training."""
+    names = responses[0].prompt.columns
+    return rewards(
+        [response.prompt.source for response in responses],
+        [as_completion(response.prompt, response.text) for response in responses],
+        [response.token_ids for response in responses],
+        {name: [response.prompt.columns[name] for response in responses] for name in names},
+    )
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Unbiased estimate of the probability that one of k responses is correct, given `correct` of `samples`.
+
+    1 − C(n − c, k) / C(n, k) (Chen et al. 2021, equation 1); binomials are exact integers.
+    """
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and standard error of independent values, one per prompt."""
+    mean = math.fsum(values) / len(values) if values else math.nan
+    if len(values) < 2:
+        return Estimate(mean, None)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return Estimate(mean, math.sqrt(variance / len(values)))
+
+
+def summarise(groups: Sequence[tuple[list[Response], Scores]], config: EvalConfig) -> EvalResult:
+    """Responses come prompt by prompt, `config.samples` to each."""
+    n = config.samples
+    responses = [response for group, _ in groups for response in group]
+    by_prompt = _chunks([score for _, scores in groups for score in scores.total], n)
+    correct = [sum(score > config.threshold for score in scores) for scores in by_prompt]
+    names = list(groups[0][1].parts)
+    parts = {}
+    for name in names if len(names) > 1 else []:
+        chunks = _chunks([score for _, scores in groups for score in scores.parts[name]], n)
+        applying = [[score for score in chunk if not math.isnan(score)] for chunk in chunks]
+        parts[name] = estimate([_mean(chunk) for chunk in applying if chunk])
+    ks = config.k or tuple(2**i for i in range(n.bit_length()) if 2**i <= n)
+    per_prompt = [
+        {"row": responses[i * n].prompt.row, "score": _mean(scores), "correct": correct[i]}
+        for i, scores in enumerate(by_prompt)
+    ]
+    return EvalResult(
+        prompts=len(by_prompt),
+        samples=n,
+        score=estimate([_mean(scores) for scores in by_prompt]),
+        parts=parts,
+        pass_at={k: estimate([pass_at_k(n, c, k) for c in correct]) for k in ks},
+        terminated=_mean([float(response.terminated) for response in responses]),
+        response_tokens=_mean([float(len(response.token_ids)) for response in responses]),
+        per_prompt=per_prompt,
+    )
+
+
+def _chunks(values: Sequence[float], size: int) -> list[list[float]]:
+    return [list(values[start : start + size]) for start in range(0, len(values), size)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _write(config: EvalConfig, result: EvalResult) -> None:
+    assert config.output is not None
+    data = {"result": asdict(result), "config": config_to_dict(config)}
+    for estimates in (data["result"]["parts"], data["result"]["pass_at"], {"score": data["result"]["score"]}):
+        for entry in estimates.values():
+            entry["interval"] = Estimate(**entry).interval
+    try:
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(config.output).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{config.output}: cannot be written: {error.strerror}") from error
+
+
+def _table(config: EvalConfig, result: EvalResult) -> Table:
+    table = Table(title=config.model, title_justify="left", caption_justify="left")
+    table.caption = (
+        f"{result.prompts} prompts × {result.samples} responses; {result.terminated:.1%} ended by themselves, "
+        f"{result.response_tokens:.1f} tokens on average; correct: score above {config.threshold:g}"
+    )
+    for name in ("", "mean", "standard error", "95 % interval"):
+        table.add_column(name, justify="left" if not name else "right")
+    rows = {"score": result.score} | {f"  {name}": value for name, value in result.parts.items()}
+    rows |= {f"pass@{k}": value for k, value in result.pass_at.items()}
+    for name, value in rows.items():
+        error = "-" if value.standard_error is None else f"{value.standard_error:.4f}"
+        interval = "-" if value.interval is None else f"{value.interval[0]:.4f} to {value.interval[1]:.4f}"
+        table.add_row(name, f"{value.mean:.4f}", error, interval)
+    return table

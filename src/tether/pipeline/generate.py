@@ -1,0 +1,188 @@
+"""`tether generate`: responses of a policy to prompts, printed to be read or written to be used.
+
+Knows folders, prompts and the sampler; nothing of rewards.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from tether.errors import UserError
+from tether.language.models import check_vocabulary, context_length, load_causal_lm, load_tokenizer
+from tether.language.policy import LanguagePolicy
+from tether.language.prompts import Prompt, PromptsConfig, load_prompts
+from tether.language.sampler import Sampler, SamplingConfig
+from tether.pipeline.samples import encode_text, render_prompt
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Responses of a policy to prompts."""
+
+    model: str = ""
+    """Folder or hub name of the policy, such as the `policy/` of a checkpoint."""
+    prompt: str | None = None
+    """One prompt, instead of those of `prompts.path`."""
+    samples: int = 1
+    """Responses to each prompt."""
+    output: str | None = None
+    """File for the responses, one JSON object a line: prompt, response, terminated (it ended by itself, not by the
+    length limit), log_prob (of the whole response), and the other columns of the prompt. None: print them."""
+    overwrite: bool = False
+    """Replace a file that is already there."""
+    seed: int = 0
+    """Of the sampler."""
+    device: str = "cpu"
+    """Torch device, e.g. cpu or cuda."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the model's parameters."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a model from the hub. Off: such models are refused."""
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples is {self.samples}, expected 1 or more")
+        if self.prompt is not None and self.prompts.path:
+            raise ValueError("prompt and prompts.path are both set: give one of them")
+        if self.prompt is not None and (self.prompts.template is not None or self.prompts.column is not None):
+            raise ValueError("prompts.template and prompts.column read a file: leave them out with prompt")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError("prompt is empty, expected text")
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response to one prompt.
+
+    Attributes:
+        token_ids: what was drawn, the eos included where it was.
+        terminated: it ended by eos or a stop string; otherwise the length limit cut it off.
+        log_prob: log π(y|x) of the whole response under the distribution that was sampled, in nats.
+    """
+
+    prompt: Prompt
+    text: str
+    token_ids: list[int]
+    terminated: bool
+    log_prob: float
+
+    def as_row(self) -> dict[str, Any]:
+        """What is written of it."""
+        row = {"prompt": self.prompt.source, "response": self.text}
+        row |= {"terminated": self.terminated, "log_prob": self.log_prob}
+        return row | {name: value for name, value in self.prompt.columns.items() if name not in row}
+
+
+def generate(config: GenerateConfig) -> list[Response]:
+    """Sample the responses; write or print them as they come, and return them all.
+
+    Raises:
+        UserError: names the folder, file, row or field that cannot be used.
+    """
+    sampler = load_sampler(
+        config.model, config.sampling, config.seed, config.device, config.dtype, config.trust_remote_code
+    )
+    prompts = _prompts(config, sampler)
+    responses: list[Response] = []
+    console = Console(highlight=False, soft_wrap=True)
+    with open_rows(config.output, config.overwrite) as file:
+        for group in sample_responses(sampler, prompts, config.samples):
+            responses += group
+            for response in group:
+                if file is not None:
+                    write_row(file, response.as_row())
+                else:
+                    _show(console, response)
+    if config.output is not None:
+        console.print(f"{len(responses)} responses to {len(prompts)} prompts: {config.output}", markup=False)
+    return responses
+
+
+def load_sampler(
+    model: str, sampling: SamplingConfig, seed: int, device: str, dtype: str, trust_remote_code: bool
+) -> Sampler:
+    """A sampler for the policy in a folder or on the hub."""
+    tokenizer = load_tokenizer(model, trust_remote_code)
+    loaded = load_causal_lm(model, dtype, device, trust_remote_code)
+    check_vocabulary(loaded, tokenizer, model)
+    return Sampler(LanguagePolicy(loaded), tokenizer, sampling, seed)
+
+
+def sample_responses(sampler: Sampler, prompts: Sequence[Prompt], samples: int) -> Iterator[list[Response]]:
+    """Responses in the order of the prompts, `samples` to each, as many prompts at once as the sampler's batch takes."""
+    size = max(1, sampler.config.batch_size // samples)
+    for start in range(0, len(prompts), size):
+        chosen = [prompt for prompt in prompts[start : start + size] for _ in range(samples)]
+        drawn = sampler.sample([prompt.token_ids for prompt in chosen])
+        log_probs = drawn.log_probs.double().sum(dim=1).tolist()
+        columns = (chosen, drawn.texts, drawn.response_ids, drawn.terminated.tolist(), log_probs)
+        yield [Response(*values) for values in zip(*columns, strict=True)]
+
+
+@contextmanager
+def open_rows(path: str | None, overwrite: bool) -> Iterator[TextIO | None]:
+    """A file to write rows to as they come; None where there is no path."""
+    if path is None:
+        yield None
+        return
+    if Path(path).exists() and not overwrite:
+        raise UserError(f"{path}: the file is already there; name another, or set `overwrite`")
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed below; the `try` must not cover the caller's code
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+    with file:
+        yield file
+
+
+def write_row(file: TextIO, row: Mapping[str, Any]) -> None:
+    """One line of JSON, on the disk at once; dates and the like, which JSON has not, as text."""
+    file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    file.flush()
+
+
+def _prompts(config: GenerateConfig, sampler: Sampler) -> list[Prompt]:
+    context, reserve = context_length(sampler.policy.model), config.sampling.max_new_tokens
+    if config.prompt is None:
+        if not config.prompts.path:
+            raise UserError("no prompts given: write one with --prompt, or name a file with --prompts.path")
+        return load_prompts(config.prompts, sampler.tokenizer, context, reserve)
+    prompt = _one_prompt(config.prompt, config.prompts, sampler.tokenizer)
+    if context is not None and len(prompt.token_ids) + reserve > context:
+        raise UserError(
+            f"prompt: {len(prompt.token_ids)} tokens and sampling.max_new_tokens {reserve} are more than the model's "
+            f"context of {context}: shorten it, or lower max_new_tokens"
+        )
+    return [prompt]
+
+
+def _one_prompt(text: str, config: PromptsConfig, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    if config.chat:
+        system = [] if config.system is None else [{"role": "system", "content": config.system}]
+        messages = [*system, {"role": "user", "content": text}]
+        ids = render_prompt(messages, tokenizer, "prompt")
+        return Prompt(tokenizer.decode(ids), tuple(ids), messages, {}, 1)
+    if config.system is not None:
+        raise UserError("prompts.system is set, but the prompt is plain text: add `--prompts.chat`, or leave it out")
+    ids = encode_text([text], tokenizer)[0]
+    if not ids:
+        raise UserError(f"prompt: the tokenizer makes no token of {text!r}")
+    return Prompt(text, tuple(ids), text, {}, 1)
+
+
+def _show(console: Console, response: Response) -> None:
+    end = "" if response.terminated else " […]"
+    console.rule(f"row {response.prompt.row}, log π {response.log_prob:.2f}", align="left", style="dim")
+    console.print(response.prompt.text, style="dim", markup=False)
+    console.print(response.text + end, markup=False)

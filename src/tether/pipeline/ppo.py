@@ -1,0 +1,288 @@
+"""`tether ppo`: a model, prompts and a reward become a world and a learner, and the loop runs in a folder.
+
+Here the pieces meet: configuration, loading, the run's files, checkpoints, resuming, Ctrl-C. The algorithm is elsewhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import numpy
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tether.config import config_to_dict
+from tether.language.models import (
+    check_vocabulary,
+    context_length,
+    load_causal_lm,
+    load_tokenizer,
+    prepare_model,
+    prepare_tokenizer,
+)
+from tether.language.policy import LanguagePolicy
+from tether.language.prompts import Prompt, PromptsConfig, load_prompts
+from tether.language.sampler import Sampler, SamplingConfig
+from tether.language.world import CollectConfig, LanguageWorld
+from tether.ppo import AdvantageConfig, KLConfig, KLController, Learner, LearnerConfig
+from tether.rewards import Rewards, RewardsConfig
+from tether.runs import Run, load_state, save_state
+from tether.train import Iteration, iterate
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """PPO for a language model: everything that can be set, with its default."""
+
+    model: str = ""
+    """Folder or hub name of the causal language model that is trained."""
+    reference: str = ""
+    """Folder or hub name of the model that the KL is measured against. Empty: `model` as it was before training."""
+    output: str = "runs/ppo"
+    """Folder of the run: configuration, metrics, episodes, checkpoints."""
+    iterations: int = 100
+    """Turns of collect, credit, update."""
+    seed: int = 0
+    """Of everything random: the value head's trunk, the order of prompts and minibatches, the sampler."""
+    device: str = "cpu"
+    """Torch device, e.g. cpu or cuda."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the model's parameters. The value head, log-probabilities and losses are float32 always."""
+    separate_value_trunk: bool = False
+    """Give the critic a copy of the model's trunk, instead of a head on the policy's own."""
+    checkpoint_every: int = 10
+    """Iterations between checkpoints; the last iteration always has one."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+    overwrite: bool = False
+    """Replace a run that `output` already holds."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a model from the hub. Off: such models are refused."""
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    reward: RewardsConfig = field(default_factory=RewardsConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    collect: CollectConfig = field(default_factory=CollectConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        responses = self.collect.prompts * self.collect.samples_per_prompt
+        if responses < self.learner.minibatches:
+            raise ValueError(
+                f"learner.minibatches is {self.learner.minibatches}, but an iteration has only {responses} responses "
+                "(collect.prompts × collect.samples_per_prompt)"
+            )
+        if not self.advantage.uses_critic and self.collect.samples_per_prompt < 2:
+            raise ValueError(
+                f"advantage.estimator {self.advantage.estimator} compares responses to the same prompt; "
+                f"collect.samples_per_prompt is {self.collect.samples_per_prompt}, expected at least 2"
+            )
+        if self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature is 0, but PPO learns from sampled tokens; expected a number above 0")
+
+
+@dataclass
+class Parts:
+    """What may be handed over in memory instead of by name; None is loaded as the configuration says."""
+
+    model: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    prompts: Sequence[Prompt] | None = None
+    reward: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `train_ppo` leaves: the run's folder, the newest checkpoint's policy in it, and the pieces in memory."""
+
+    folder: Path
+    policy: Path
+    world: LanguageWorld
+    learner: Learner
+
+
+def build_ppo(config: PPOConfig, parts: Parts | None = None, checkpoint: Path | None = None) -> tuple[LanguageWorld, Learner]:
+    """World and learner of a configuration, at the start of the run or where `checkpoint` left it.
+
+    Args:
+        config: see `PPOConfig`.
+        parts: pieces already in memory.
+        checkpoint: a folder that `save_checkpoint` wrote.
+
+    Raises:
+        UserError: a model, prompts or reward that cannot be used.
+    """
+    parts = parts or Parts()
+    rewards = Rewards(config.reward, None if parts.reward is None else [parts.reward])
+    torch.manual_seed(config.seed)
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code) if parts.tokenizer is None else parts.tokenizer
+    prepare_tokenizer(tokenizer)
+    base = _load(config, config.model) if parts.model is None else prepare_model(parts.model, config.device)
+    check_vocabulary(base, tokenizer, config.model or "model")
+    prompts = parts.prompts
+    if prompts is None:
+        prompts = load_prompts(config.prompts, tokenizer, context_length(base), config.sampling.max_new_tokens)
+    rewards.check({name: [p.columns[name] for p in prompts] for name in prompts[0].columns}, [p.source for p in prompts])
+    reference = _load(config, config.reference) if config.reference else copy.deepcopy(base)
+    model = base if checkpoint is None else _load(config, str(checkpoint / "policy"))
+    policy = LanguagePolicy(model, config.separate_value_trunk)
+    kl = KLController(config.kl)
+    sampler = Sampler(policy, tokenizer, config.sampling, config.seed)
+    world = LanguageWorld(policy, reference, sampler, prompts, rewards, kl, config.collect, config.seed)
+    learner = Learner(policy, config.learner, config.advantage, kl, config.iterations, config.seed)
+    if checkpoint is not None:
+        world.load_critic(checkpoint)
+        state = load_state(checkpoint, "trainer")
+        world.load_state_dict(state["world"])
+        learner.load_state_dict(state["learner"])
+        _set_global_random_states(state["random"])
+    return world, learner
+
+
+def _load(config: PPOConfig, path: str) -> PreTrainedModel:
+    return load_causal_lm(path, config.dtype, config.device, config.trust_remote_code)
+
+
+def train_ppo(
+    config: PPOConfig,
+    parts: Parts | None = None,
+    resume: bool = False,
+    report: Callable[[Iteration], None] | None = None,
+) -> Trained:
+    """Train as configured.
+
+    Every iteration goes to `metrics.jsonl`, TensorBoard and the episode store; checkpoints are written every
+    `checkpoint_every` iterations, at the end, after Ctrl-C or SIGTERM (which let the iteration finish), and when
+    collecting fails. With `resume` the run goes on from its last good checkpoint as if it had never stopped.
+
+    Raises:
+        UserError: something the user brought cannot work.
+    """
+    folder = Path(config.output)
+    with _opened(config, folder, resume) as run:
+        found = run.latest_checkpoint() if resume else None
+        world, learner = build_ppo(config, parts, found[1] if found else None)
+        if resume:  # only now, since a mistake found while building must leave the folder as it was
+            run.rewind(learner.iteration)
+        saved = learner.iteration
+        boundary = _boundary(world)  # what changes while a batch is collected, as it was before
+        with _Interruption() as interruption:
+            try:
+                for iteration in iterate(world, learner):
+                    run.log(iteration.number, iteration.metrics)
+                    run.log_episodes(
+                        iteration.number,
+                        world.episodes(iteration.trajectories, iteration.advantages, iteration.returns),
+                    )
+                    boundary = _boundary(world)
+                    due = iteration.number % config.checkpoint_every == 0 or iteration.number == config.iterations
+                    if due or interruption.wanted:
+                        _save(run, world, learner, boundary)
+                        saved = iteration.number
+                    if report is not None:
+                        report(iteration)
+                    if interruption.wanted:
+                        break
+            except BaseException as error:
+                _keep_responses(folder, learner.iteration + 1, error)
+                # the parameters are those of the last whole iteration unless an update was broken off
+                if not learner.updating and learner.iteration > saved:
+                    _save(run, world, learner, boundary)
+                raise
+        newest = run.latest_checkpoint()
+        assert newest is not None  # the last iteration has one, and so has an interrupted run
+        return Trained(folder, newest[1] / "policy", world, learner)
+
+
+@contextmanager
+def _opened(config: PPOConfig, folder: Path, resume: bool) -> Iterator[Run]:
+    keep = config.keep_checkpoints
+    run = (
+        Run.open(folder, keep=keep)
+        if resume
+        else Run.create(folder, config_to_dict(config), overwrite=config.overwrite, keep=keep)
+    )
+    try:
+        yield run
+    finally:
+        run.close()
+
+
+def _boundary(world: LanguageWorld) -> dict[str, Any]:
+    return {"world": world.state_dict(), "random": _global_random_states()}
+
+
+def _save(run: Run, world: LanguageWorld, learner: Learner, boundary: dict[str, Any]) -> None:
+    def write(folder: Path) -> None:
+        world.save_policy(folder)
+        save_state(folder, "trainer", boundary | {"learner": learner.state_dict()})
+
+    run.save_checkpoint(learner.iteration, write)
+
+
+def _keep_responses(folder: Path, iteration: int, error: BaseException) -> None:
+    """Responses whose scoring failed are written beside the metrics, so that they can be looked at."""
+    responses = getattr(error, "responses", None)
+    if responses:
+        lines = [json.dumps({"iteration": iteration, **response}, ensure_ascii=False) for response in responses]
+        (folder / "unscored.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _global_random_states() -> dict[str, Any]:
+    """Of the generators that a reward function may use; Tether's own are in the world and the learner."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(internal), gauss],
+        "numpy": [str(name), torch.from_numpy(keys.astype("int64")), int(position), int(has_gauss), float(cached)],
+    }
+
+
+def _set_global_random_states(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
+
+
+class _Interruption:
+    """The first Ctrl-C or SIGTERM asks the loop to end after this iteration; the second ends it at once."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.wanted:
+            raise KeyboardInterrupt
+        self.wanted = True
+        print("\nfinishing this iteration, then saving; press Ctrl-C again to stop at once", flush=True)
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+__all__ = ["PPOConfig", "Parts", "Trained", "build_ppo", "train_ppo"]

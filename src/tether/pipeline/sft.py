@@ -1,0 +1,431 @@
+"""Supervised fine-tuning: a causal LM learns to write the responses it is shown, the step before PPO.
+
+Cross-entropy on response tokens only, eos included. The optimizer's batch is a set of samples; how they are packed into
+rows and cut into microbatches changes speed and memory, never the gradient. Knows nothing of rewards.
+
+B = rows of a microbatch, L = tokens of its longest row, K = columns that some row learns from, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from tether.config import config_to_dict
+from tether.errors import UserError
+from tether.language.models import check_vocabulary, context_length, load_causal_lm, load_tokenizer, prepare_tokenizer
+from tether.language.packing import Rows, TokenizedSamples, check_packing, lay_out
+from tether.language.rows import load_rows
+from tether.pipeline.samples import Row, RowFormat, tokenize_rows
+from tether.ppo.learner import schedule_factor
+from tether.runs import Display, Run
+
+DEFAULT_MAX_TOKENS = 2048  # a context of 128k tokens is no reason to try rows of 128k tokens
+
+SHOWN = ("loss", "eval_loss", "learning_rate", "gradient_norm", "time/tokens_per_second")
+SHOWN_STEPS = 100  # of a long run, about so many steps are shown; all are in metrics.jsonl
+
+Report = Callable[[dict[str, float]], None]
+Batch = tuple[float, np.ndarray]  # passes over the data once it is done, and the indices of its samples
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning of a causal language model."""
+
+    model: str = ""
+    """Folder or hub name of the model to start from."""
+    data: str = ""
+    """Training rows: file (.jsonl, .json, .csv, also as .gz; .parquet), folder saved by `datasets`, or hub name."""
+    split: str = "train"
+    """Split of a dataset folder or of a hub dataset."""
+    output: str = ""
+    """Folder of the run; the trained model is saved in its `policy/`."""
+    overwrite: bool = False
+    """Replace a run that is already in `output`."""
+    eval_data: str | None = None
+    """Held-out rows, in the same form as `data`."""
+    eval_split: str = "train"
+    """Split of `eval_data` where that is a dataset folder or a hub dataset."""
+    eval_fraction: float = 0.0
+    """Share of `data` that is held out instead, drawn at random by `seed`."""
+    eval_every: int = 0
+    """Optimizer steps between held-out losses; they are always taken before the first step and after the last. 0: only then."""
+    rows: RowFormat = field(default_factory=RowFormat)
+    max_tokens: int | None = None
+    """Longest sample in tokens, eos included, and length of a packed row. None: the model's context, at most 2048."""
+    overlong: Literal["error", "skip", "truncate"] = "error"
+    """What happens to a longer sample: stop with an error, leave it out, or cut off its end. The counts are reported."""
+    packing: bool = True
+    """Let short samples share a row without seeing each other. Faster, with the same gradients."""
+    epochs: int = 1
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Stop after so many optimizer steps, going round the data as often as that takes. None: `epochs` decides."""
+    batch_size: int = 32
+    """Samples per optimizer step."""
+    batch_tokens: int | None = None
+    """Fill the batch of an optimizer step up to so many tokens instead; at least one sample."""
+    microbatch_tokens: int = 8192
+    """Tokens (padding included) that go through the model at once. Changes memory and speed, never the result."""
+    learning_rate: float = 2e-5
+    """Peak learning rate. 2e-5 suits models of some billion parameters (Taori et al. 2023); small ones take more."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate falls from its peak to 0 over the steps of the run."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    adam_beta1: float = 0.9
+    """Adam's decay of the first moment (Kingma and Ba 2015)."""
+    adam_beta2: float = 0.999
+    """Adam's decay of the second moment (Kingma and Ba 2015)."""
+    adam_epsilon: float = 1e-8
+    """Adam's ε (Kingma and Ba 2015)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW, on weight matrices; never on biases, gains of norms or other vectors."""
+    max_gradient_norm: float = 1.0
+    """Gradients are scaled down to this global L2 norm. 0: never."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the weights, their gradients and Adam's moments. The loss is float32 always."""
+    autocast: bool = False
+    """Compute matrix products in bfloat16 while the weights stay float32."""
+    device: str = "cpu"
+    """Torch device, e.g. cpu or cuda."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a model from the hub. Off: such models are refused."""
+    seed: int = 0
+    """Of the order of the samples and of what is held out."""
+
+    def __post_init__(self) -> None:
+        at_least_one = ("epochs", "max_steps", "batch_size", "batch_tokens", "microbatch_tokens", "max_tokens")
+        for name in at_least_one:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "max_gradient_norm", "eval_every"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        for name in ("adam_beta1", "adam_beta2", "eval_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more and below 1")
+        if not self.adam_epsilon > 0:
+            raise ValueError(f"adam_epsilon is {self.adam_epsilon}, expected a number above 0")
+        if self.autocast and self.dtype != "float32":
+            raise ValueError("autocast is on and dtype bfloat16: weights are cast already, set one of the two")
+        if self.eval_data and self.eval_fraction:
+            raise ValueError("eval_data and eval_fraction are both set: one says what is held out")
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """What came of a fine-tuning: optimizer steps, the last batch's loss and the held-out loss (nats per target token)."""
+
+    steps: int
+    loss: float
+    eval_loss: float | None
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What is learned from and what is held out, and how many rows were too long."""
+
+    train: TokenizedSamples
+    held_out: TokenizedSamples | None
+    skipped: int
+    truncated: int
+
+
+def sft(config: SFTConfig, report: Report | None = None, show: bool = False) -> Path:
+    """Fine-tune the model of a folder on a file and save it; returns the folder of the trained model.
+
+    The run's folder gets `config.yaml`, `metrics.jsonl` and `policy/` (weights as safetensors, and the tokenizer).
+    Ctrl-C and a diverged step save the model as it stands before the exception goes on up.
+
+    Args:
+        report: see `fine_tune`.
+        show: print progress.
+
+    Raises:
+        UserError: names the file, row or field that cannot be used.
+        FloatingPointError: the training diverged.
+    """
+    if not config.output:
+        raise UserError("no output given: name the folder of the run with --output")
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    model = load_causal_lm(config.model, config.dtype, config.device, config.trust_remote_code)
+    rows = load_rows(config.data, config.split)
+    eval_rows = load_rows(config.eval_data, config.eval_split) if config.eval_data else None
+    names = (config.model, config.data, config.eval_data or "")
+    data = _prepare(model, tokenizer, rows, eval_rows, config, names)
+    batches = _plan(data.train, config)
+    folder = Path(config.output) / "policy"
+    with Run.create(config.output, config_to_dict(config), overwrite=config.overwrite) as run, ExitStack() as stack:
+        display = stack.enter_context(Display(len(batches), SHOWN, unit="step")) if show else None
+
+        def log(metrics: dict[str, float]) -> None:
+            step = int(metrics["step"])
+            run.log(step, {name: value for name, value in metrics.items() if name != "step"})
+            if display is not None and step == 0:
+                display.note(_describe(metrics))
+            elif display is not None and (step == len(batches) or step % max(1, len(batches) // SHOWN_STEPS) == 0):
+                display.update(step, metrics)
+            if report is not None:
+                report(metrics)
+
+        try:
+            _train(model, data, batches, config, log)
+        except (KeyboardInterrupt, FloatingPointError):
+            save_policy(model, tokenizer, folder)
+            raise
+        save_policy(model, tokenizer, folder)
+    return folder
+
+
+def _describe(counts: dict[str, float]) -> str:
+    text = f"{counts['samples']:,.0f} samples, {counts['tokens']:,.0f} tokens, {counts['target_tokens']:,.0f} to learn"
+    for name, what in (("eval_samples", "held out"), ("skipped", "skipped as too long"), ("truncated", "cut off")):
+        if counts.get(name):
+            text += f"; {counts[name]:,.0f} {what}"
+    return text + (f"; held-out loss {counts['eval_loss']:.3f}" if "eval_loss" in counts else "")
+
+
+def fine_tune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    config: SFTConfig | None = None,
+    report: Report | None = None,
+    eval_rows: Sequence[Row] | None = None,
+) -> FineTuning:
+    """Fine-tune a model in memory, in place, on rows in memory; the fields of `config` that name files are not read.
+
+    Args:
+        model: on its device; comes back in evaluation mode. Dropout is off, as in PPO.
+        rows: dicts with `prompt` and `completion`, `messages`, or `text`.
+        report: called before the first step (step 0: counts of the data, held-out loss) and after each step with its
+            metrics: step, epoch, loss, learning_rate, gradient_norm, tokens, target_tokens,
+            time/tokens_per_second, and eval_loss where it was taken. Losses are in nats per target token.
+        eval_rows: held-out rows; they go before `config.eval_fraction`.
+
+    Raises:
+        UserError: names the row or field that cannot be used.
+        FloatingPointError: a gradient is not finite; the parameters are those before the bad step.
+    """
+    config = config or SFTConfig()
+    names = ("the model", "rows", "eval_rows")
+    data = _prepare(model, prepare_tokenizer(tokenizer), rows, eval_rows, config, names)
+    return _train(model, data, _plan(data.train, config), config, report or (lambda metrics: None))
+
+
+def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write model and tokenizer as a plain Hugging Face folder, which appears whole or not at all."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+
+
+def _prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    eval_rows: Sequence[Row] | None,
+    config: SFTConfig,
+    names: tuple[str, str, str],
+) -> _Data:
+    """Everything that can be wrong with what the user brought is found here, before the run has a folder."""
+    check_vocabulary(model, tokenizer, names[0])
+    if config.packing:
+        check_packing(model)
+    if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise UserError(f"{type(model).__name__} has no gradient checkpointing: set `gradient_checkpointing` to False")
+    longest = _longest_sample(model, config)
+    tokenized = tokenize_rows(rows, tokenizer, config.rows, longest, config.overlong, names[1])
+    train, skipped, truncated = tokenized.samples, tokenized.skipped, tokenized.truncated
+    held_out = None
+    if eval_rows is not None:
+        evaluated = tokenize_rows(eval_rows, tokenizer, config.rows, longest, config.overlong, names[2])
+        held_out = evaluated.samples
+        skipped, truncated = skipped + evaluated.skipped, truncated + evaluated.truncated
+    elif config.eval_fraction:
+        count = max(1, round(config.eval_fraction * len(train)))
+        if count >= len(train):
+            raise UserError(f"{names[1]}: eval_fraction {config.eval_fraction} of {len(train)} rows leaves none to learn")
+        order = np.random.default_rng([config.seed, 1]).permutation(len(train))
+        train, held_out = train.select(np.sort(order[count:])), train.select(np.sort(order[:count]))
+    return _Data(train, held_out, skipped, truncated)
+
+
+def _longest_sample(model: PreTrainedModel, config: SFTConfig) -> int:
+    context = context_length(model)
+    if config.max_tokens is None:
+        return min(context or DEFAULT_MAX_TOKENS, DEFAULT_MAX_TOKENS)
+    if context is not None and config.max_tokens > context:
+        raise UserError(f"max_tokens is {config.max_tokens}, expected at most the model's context of {context}")
+    return config.max_tokens
+
+
+def _train(
+    model: PreTrainedModel, data: _Data, batches: Sequence[Batch], config: SFTConfig, report: Report
+) -> FineTuning:
+    steps = len(batches)
+    optimizer = _optimizer(model, config)
+    loss = math.nan
+    with _training_mode(model, config):
+        eval_loss = _held_out_loss(model, data, config)
+        report(_known(_counts(data) | {"step": 0.0}, eval_loss))
+        for step, (epoch, chosen) in enumerate(batches, 1):
+            started = time.perf_counter()
+            rate = config.learning_rate * schedule_factor(step - 1, steps, config.warmup_steps, config.schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            targets = int(data.train.target_counts[chosen].sum())
+            loss = accumulate_gradients(model, data.train, chosen, config)
+            norm = _update(model, optimizer, config, step)
+            tokens = float(data.train.lengths[chosen].sum())
+            metrics = {"step": float(step), "epoch": epoch, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
+            metrics |= {"tokens": tokens, "target_tokens": float(targets)}
+            metrics["time/tokens_per_second"] = tokens / (time.perf_counter() - started)
+            if step == steps or (config.eval_every and step % config.eval_every == 0):
+                eval_loss = _held_out_loss(model, data, config)
+                metrics = _known(metrics, eval_loss)
+            report(metrics)
+    return FineTuning(steps, loss, eval_loss)
+
+
+def _known(metrics: dict[str, float], eval_loss: float | None) -> dict[str, float]:
+    return metrics if eval_loss is None else metrics | {"eval_loss": eval_loss}
+
+
+def _counts(data: _Data) -> dict[str, float]:
+    counts = {"samples": len(data.train), "tokens": data.train.starts[-1], "target_tokens": data.train.is_target.sum()}
+    counts |= {"skipped": data.skipped, "truncated": data.truncated}
+    if data.held_out is not None:
+        counts["eval_samples"] = len(data.held_out)
+    return {name: float(count) for name, count in counts.items()}
+
+
+def _plan(samples: TokenizedSamples, config: SFTConfig) -> list[Batch]:
+    """Every batch of the run."""
+    generator = np.random.default_rng([config.seed, 0])
+    batches: list[Batch] = []
+    epoch = 0
+    while config.max_steps is not None or epoch < config.epochs:
+        order = generator.permutation(len(samples))
+        used = np.cumsum(samples.lengths[order])
+        start = 0
+        while start < len(order):
+            end = start + config.batch_size
+            if config.batch_tokens is not None:
+                before = used[start - 1] if start else 0
+                end = max(start + 1, int(np.searchsorted(used, before + config.batch_tokens, side="right")))
+            batches.append((epoch + min(end, len(order)) / len(order), order[start:end]))
+            if len(batches) == config.max_steps:
+                return batches
+            start = end
+        epoch += 1
+    return batches
+
+
+def _optimizer(model: PreTrainedModel, config: SFTConfig) -> torch.optim.AdamW:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW([g for g in groups if g["params"]], config.learning_rate, betas, config.adam_epsilon, fused=True)
+
+
+def accumulate_gradients(
+    model: PreTrainedModel, samples: TokenizedSamples, chosen: np.ndarray, config: SFTConfig
+) -> float:
+    """Leave in `.grad` the gradient of the batch's loss, the sum over target tokens divided by their number; returns it.
+
+    The gradient is the same for any packing and any `microbatch_tokens`.
+    """
+    model.zero_grad(set_to_none=True)
+    targets = int(samples.target_counts[chosen].sum())
+    total = torch.zeros((), device=model.device)
+    for rows in lay_out(samples, chosen, config.packing, config.microbatch_tokens):
+        loss = _summed_loss(model, rows, config) / targets
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    return float(total)
+
+
+def _update(model: PreTrainedModel, optimizer: torch.optim.AdamW, config: SFTConfig, step: int) -> float:
+    """Clip the gradients and move the parameters; returns the gradients' norm before clipping."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    norm = float(nn.utils.clip_grad_norm_(trained, config.max_gradient_norm or math.inf))
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient's norm is {norm} at step {step}: lower learning_rate, raise warmup_steps")
+    optimizer.step()
+    return norm
+
+
+@torch.no_grad()
+def _held_out_loss(model: PreTrainedModel, data: _Data, config: SFTConfig) -> float | None:
+    """Nats per target token over all held-out samples."""
+    samples = data.held_out
+    if samples is None:
+        return None
+    total = 0.0
+    for start in range(0, len(samples), config.batch_size):
+        chosen = np.arange(start, min(start + config.batch_size, len(samples)))
+        for rows in lay_out(samples, chosen, config.packing, config.microbatch_tokens):
+            total += float(_summed_loss(model, rows, config))
+    return total / int(samples.is_target.sum())
+
+
+def _summed_loss(model: PreTrainedModel, rows: Rows, config: SFTConfig) -> Tensor:
+    """Cross-entropy summed over the rows' target tokens, in float32."""
+    device = model.device
+    predicted = rows.is_target[:, 1:]  # (B, L - 1): column t predicts token t + 1
+    columns = predicted.any(dim=0).nonzero().squeeze(-1)  # (K,)
+    learned = predicted[:, columns]  # (B, K)
+    labels = rows.token_ids[:, 1:][:, columns][learned].to(device)
+    inputs = {"input_ids": rows.token_ids.to(device)}
+    if rows.packed:
+        # Without a cache and an attention mask, transformers reads where samples begin from the positions.
+        inputs["position_ids"] = rows.position_ids.to(device)
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    options = {"logits_to_keep": columns.to(device)} if keeps else {}
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
+        logits = model(**inputs, **options, use_cache=False).logits  # (B, K, V)
+    logits = logits if keeps else logits[:, columns.to(device)]
+    return nn.functional.cross_entropy(logits[learned.to(device)].float(), labels, reduction="sum")
+
+
+@contextmanager
+def _training_mode(model: PreTrainedModel, config: SFTConfig) -> Iterator[None]:
+    """Evaluation mode, which has no dropout, with gradient checkpointing by option."""
+    model.eval()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in model.modules():
+            # A layer checkpoints in training mode only; its submodules, dropout among them, stay as they are.
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
+    try:
+        yield
+    finally:
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        model.eval()

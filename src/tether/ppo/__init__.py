@@ -1,0 +1,19 @@
+"""PPO: tensors in, tensors out. Imports torch alone, and knows no world."""
+
+from tether.ppo.advantages import AdvantageConfig
+from tether.ppo.kl import KLConfig, KLController
+from tether.ppo.learner import Learner, LearnerConfig
+from tether.ppo.trajectories import ActorCritic, Context, Episode, Evaluation, Trajectories
+
+__all__ = [
+    "ActorCritic",
+    "AdvantageConfig",
+    "Context",
+    "Episode",
+    "Evaluation",
+    "KLConfig",
+    "KLController",
+    "Learner",
+    "LearnerConfig",
+    "Trajectories",
+]

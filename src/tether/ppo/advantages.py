@@ -1,0 +1,120 @@
+"""Credit: how much better than expected each action turned out. Tensors in, tensors out.
+
+N = episodes, T = steps. Sources: GAE, Schulman et al. 2016 (arXiv:1506.02438); RLOO, Ahmadian et al. 2024
+(arXiv:2402.14740); GRPO, Shao et al. 2024 (arXiv:2402.03300).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tether.ppo.distributed import all_sum
+from tether.ppo.trajectories import Trajectories
+
+
+@dataclass(frozen=True)
+class AdvantageConfig:
+    """How rewards become advantages."""
+
+    estimator: Literal["gae", "rloo", "grpo"] = "gae"
+    """gae: a critic's values (Schulman et al. 2016). rloo, grpo: the other responses to the same prompt are the
+    baseline, no critic is trained, and each prompt needs at least two responses."""
+    gamma: float = 1.0
+    """Discount γ per step. 1 for language (an episode is one response); 0.99 is usual in control."""
+    lam: float = 0.95
+    """GAE's λ: 0 trusts the critic alone, 1 the observed rewards alone. 0.95: Schulman et al. 2017, section 6."""
+    whiten: bool | None = None
+    """Shift and scale advantages to mean 0, variance 1 over the whole batch. None: with gae yes, with groups no."""
+
+    def __post_init__(self) -> None:
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number from 0 to 1")
+
+    @property
+    def uses_critic(self) -> bool:
+        return self.estimator == "gae"
+
+
+def estimate(trajectories: Trajectories, config: AdvantageConfig) -> tuple[Tensor, Tensor]:
+    """Advantages and returns, both (N, T), 0 where the mask is False. Returns are the critic's targets, never whitened."""
+    if config.uses_critic:
+        advantages, returns = gae(trajectories, config.gamma, config.lam)
+    else:
+        advantages = group_advantages(trajectories, normalise=config.estimator == "grpo")
+        returns = rewards_to_go(trajectories, config.gamma)
+    whiten_them = config.uses_critic if config.whiten is None else config.whiten
+    return (whiten(advantages, trajectories.mask) if whiten_them else advantages), returns
+
+
+def gae(trajectories: Trajectories, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation, equation 16 of Schulman et al. 2016: A_t = Σ_l (γλ)^l δ_{t+l}.
+
+    δ_t = r_t + γ V(s_{t+1}) − V(s_t), where V(s_{t+1}) is 0 after a terminated step and `bootstrap_values` after a
+    truncated one (terminated wins where both are set); nothing flows back over either. Steps outside the mask are
+    skipped: the successor of a step is the next step of the mask.
+    """
+    rewards, values, mask = trajectories.rewards, trajectories.values, trajectories.mask
+    ended = trajectories.terminated | trajectories.truncated
+    advantages = torch.zeros_like(rewards)
+    next_value = next_advantage = rewards.new_zeros(len(rewards))
+    for t in reversed(range(rewards.shape[1])):
+        beyond_end = trajectories.bootstrap_values[:, t].masked_fill(trajectories.terminated[:, t], 0.0)
+        successor = torch.where(ended[:, t], beyond_end, next_value)
+        delta = rewards[:, t] + gamma * successor - values[:, t]
+        advantage = delta + gamma * lam * next_advantage.masked_fill(ended[:, t], 0.0)
+        advantages[:, t] = advantage.masked_fill(~mask[:, t], 0.0)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        next_advantage = torch.where(mask[:, t], advantage, next_advantage)
+    return advantages, (advantages + values).masked_fill(~mask, 0.0)
+
+
+def rewards_to_go(trajectories: Trajectories, gamma: float) -> Tensor:
+    """(N, T): G_t = r_t + γ G_{t+1} up to the episode's end, `bootstrap_values` beyond a truncation."""
+    without_critic = replace(trajectories, values=torch.zeros_like(trajectories.values))
+    return gae(without_critic, gamma, lam=1.0)[0]
+
+
+def group_advantages(trajectories: Trajectories, normalise: bool) -> Tensor:
+    """(N, T): each episode's total reward against those of its group, the same at each of its steps.
+
+    normalise False is RLOO: the baseline is the mean of the *other* members (equation 8 of Ahmadian et al. 2024).
+    normalise True is GRPO: (R − mean) / (std + 1e-4), std with Bessel's correction (section 4.1.2 of Shao et al. 2024).
+
+    Raises:
+        ValueError: an episode has no other member in its group.
+    """
+    mask = trajectories.mask
+    total = trajectories.rewards.masked_fill(~mask, 0.0).sum(dim=1)  # (N,)
+    groups = trajectories.groups if trajectories.groups is not None else torch.arange(len(total), device=total.device)
+    _, member_of = torch.unique(groups, return_inverse=True)
+    size = torch.bincount(member_of).to(total.dtype)
+    if bool((size < 2).any()):
+        raise ValueError("rloo and grpo need at least 2 responses per prompt; with one, use the estimator gae")
+    mean = torch.zeros_like(size).index_add_(0, member_of, total) / size
+    centred = total - mean[member_of]
+    if normalise:
+        variance = torch.zeros_like(size).index_add_(0, member_of, centred**2) / (size - 1)
+        advantage = centred / (variance.sqrt() + 1e-4)[member_of]
+    else:
+        # R − mean of the others = (R − mean of all) · n / (n − 1)
+        advantage = centred * (size / (size - 1))[member_of]
+    return advantage[:, None].expand_as(mask).masked_fill(~mask, 0.0)
+
+
+def whiten(values: Tensor, mask: Tensor, epsilon: float = 1e-8) -> Tensor:
+    """Mean 0 and variance 1 over the valid steps of the whole batch on all ranks; 0 outside the mask."""
+    count, total = all_sum(torch.stack([mask.sum().to(values.dtype), values[mask].sum()]))
+    mean = total / count
+    variance = all_sum((values[mask] - mean).square().sum()) / count
+    return ((values - mean) * torch.rsqrt(variance + epsilon)).masked_fill(~mask, 0.0)
+
+
+def scale_and_clip(scores: Tensor, scale: float, clip: float | None) -> Tensor:
+    """scores · scale, then clipped to ±clip where one is given. Any shape."""
+    scaled = scores * scale
+    return scaled if clip is None else scaled.clamp(-clip, clip)

@@ -1,0 +1,327 @@
+"""The update: epochs × minibatches × microbatches over one batch of trajectories.
+
+The learner sees tensors and an `ActorCritic`. It does not know which world the trajectories come from.
+N = episodes, T = steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tether.ppo.advantages import AdvantageConfig, estimate
+from tether.ppo.distributed import all_sum, sum_gradients
+from tether.ppo.kl import KLConfig, KLController, estimate_kl
+from tether.ppo.objective import clipped_surrogate, step_weights, value_loss
+from tether.ppo.trajectories import ActorCritic, Trajectories
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """How one batch of trajectories changes the policy and the critic."""
+
+    epochs: int = 4
+    """Passes over each batch. 4: Ziegler et al. 2019."""
+    minibatches: int = 4
+    """Optimizer steps per epoch; the batch is cut into so many parts at random."""
+    microbatch_tokens: int = 8192
+    """Tokens (padding included) that go through the model at once. Changes memory and speed, never the result."""
+    learning_rate: float = 1e-5
+    """Of the policy, its trunk included."""
+    value_learning_rate: float | None = None
+    """Of the critic's own parameters. None: the same as the policy's."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rates fall from their value to 0 over the iterations of the run."""
+    warmup_iterations: int = 0
+    """Iterations over which the learning rates rise linearly from 0."""
+    value_warmup_iterations: int = 0
+    """First iterations in which the critic's own parameters alone are trained."""
+    adam_beta1: float = 0.9
+    """Adam's decay of the first moment (Kingma and Ba 2015)."""
+    adam_beta2: float = 0.999
+    """Adam's decay of the second moment (Kingma and Ba 2015)."""
+    adam_epsilon: float = 1e-8
+    """Adam's ε. 1e-8: Kingma and Ba 2015; the control literature often takes 1e-5 (Huang et al. 2022, detail 3)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+    max_gradient_norm: float = 1.0
+    """Gradients are scaled down to this global L2 norm. 0: never."""
+    clip_low: float = 0.2
+    """ε_low: the ratio π/π_old is clipped below 1 − ε_low. 0.2: Schulman et al. 2017."""
+    clip_high: float = 0.2
+    """ε_high: the ratio is clipped above 1 + ε_high. DAPO (Yu et al. 2025) takes 0.28."""
+    dual_clip: float | None = None
+    """c > 1 bounds the loss of bad actions by c·|A| (Ye et al. 2020, who take 3). None: off."""
+    value_coefficient: float = 0.5
+    """Weight of the value loss ½(V − R)²."""
+    value_clip: float | None = None
+    """Clip V to V_old ± this and take the larger loss. None: off, which Andrychowicz et al. 2021 found better."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus."""
+    aggregation: Literal["token", "sequence"] = "token"
+    """token: every step of a minibatch weighs the same. sequence: every episode does."""
+    target_kl: float | None = None
+    """Stop updating on a batch once the approximate KL(π_old‖π) per step of a minibatch exceeds this. None: never."""
+
+    def __post_init__(self) -> None:
+        at_least = {"epochs": 1, "minibatches": 1, "microbatch_tokens": 1}
+        not_negative = dict.fromkeys(
+            ("learning_rate", "warmup_iterations", "value_warmup_iterations", "weight_decay", "max_gradient_norm",
+             "clip_low", "clip_high", "value_coefficient", "entropy_coefficient", "adam_beta1", "adam_beta2"), 0
+        )  # fmt: skip
+        for name, least in (at_least | not_negative).items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {least} or more")
+        for name in ("adam_epsilon", "value_learning_rate", "value_clip", "target_kl"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number below 1")
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"dual_clip is {self.dual_clip}, expected a number above 1")
+
+
+class Learner:
+    """PPO's update of a policy and its critic.
+
+    Args:
+        policy: an `ActorCritic`.
+        config: see `LearnerConfig`.
+        advantage: how rewards become advantages.
+        kl: the holder of β; it is told the KL of each batch.
+        iterations: length of the run, which the learning-rate schedule spans.
+        seed: of the order of minibatches.
+
+    Attributes:
+        iteration: updates done so far.
+        updating: the parameters are those of neither one iteration nor the next, since an update was broken off.
+    """
+
+    def __init__(
+        self,
+        policy: ActorCritic,
+        config: LearnerConfig | None = None,
+        advantage: AdvantageConfig | None = None,
+        kl: KLController | None = None,
+        iterations: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.policy = policy
+        self.config = config or LearnerConfig()
+        self.advantage = advantage or AdvantageConfig()
+        self.kl = kl or KLController(KLConfig(beta=0.0))
+        self.iterations = iterations
+        self.iteration = 0
+        self.updating = False
+        self.generator = torch.Generator().manual_seed(seed)
+        self._policy_parameters = [p for p in policy.policy_parameters() if p.requires_grad]
+        self._value_parameters = [p for p in policy.value_parameters() if p.requires_grad]
+        groups = [{"params": ps} for ps in (self._policy_parameters, self._value_parameters) if ps]
+        self.optimizer = torch.optim.AdamW(
+            groups,
+            lr=self.config.learning_rate,
+            betas=(self.config.adam_beta1, self.config.adam_beta2),
+            eps=self.config.adam_epsilon,
+            weight_decay=self.config.weight_decay,
+            fused=True,
+        )
+
+    def credit(self, trajectories: Trajectories) -> tuple[Tensor, Tensor]:
+        """Advantages and returns of a batch, both (N, T)."""
+        return estimate(trajectories, self.advantage)
+
+    def update(self, trajectories: Trajectories, advantages: Tensor, returns: Tensor) -> dict[str, float]:
+        """One iteration of PPO on a batch; returns its metrics.
+
+        Raises:
+            FloatingPointError: a gradient is not finite; the parameters are those before the bad step.
+        """
+        config = self.config
+        if len(trajectories) < config.minibatches:
+            raise ValueError(
+                f"{len(trajectories)} episodes cannot be cut into {config.minibatches} minibatches; lower minibatches"
+            )
+        self.updating = True
+        rates = self._set_learning_rates()
+        total = _Sums()
+        stopped = False
+        for _ in range(config.epochs):
+            order = torch.randperm(len(trajectories), generator=self.generator)
+            for rows in order.tensor_split(config.minibatches):
+                sums = self._accumulate_gradients(trajectories, advantages, returns, rows)
+                if config.target_kl is not None and sums["approx_kl"] > config.target_kl:
+                    stopped = True
+                    break
+                sums["gradient_norm"] = self._step()
+                total.add(sums)
+            if stopped:
+                break
+        self.iteration += 1
+        self.updating = False
+        metrics = total.means() | rates | {"optimizer_steps": float(total.count), "stopped_early": float(stopped)}
+        if self.advantage.uses_critic:
+            metrics["explained_variance"] = explained_variance(trajectories.values, returns, trajectories.mask)
+        metrics |= self._tell_kl_controller(trajectories)
+        return metrics
+
+    def _accumulate_gradients(
+        self, trajectories: Trajectories, advantages: Tensor, returns: Tensor, rows: Tensor
+    ) -> dict[str, float]:
+        """Gradients of one minibatch, microbatch by microbatch: the cut does not change them."""
+        self.optimizer.zero_grad(set_to_none=True)
+        weights = step_weights(trajectories.mask[rows], self.config.aggregation)
+        sums: dict[str, Tensor] = {}
+        for part in self._microbatches(trajectories.context.lengths[rows]):
+            micro = trajectories.select(rows[part])
+            steps = micro.mask.shape[1]
+            losses = self._losses(micro, advantages[rows[part], :steps], returns[rows[part], :steps])
+            # only what the mask holds is summed: 0 · nan would still be nan
+            mask, weight = micro.mask, weights[part, :steps][micro.mask]
+            weighted = {name: (loss[mask] * weight).sum() for name, loss in losses.items()}
+            weighted["loss"].backward()  # type: ignore[no-untyped-call]
+            for name, value in weighted.items():
+                sums[name] = sums.get(name, torch.zeros_like(value.detach())) + value.detach()
+        sum_gradients(self._parameters())
+        return dict(zip(sums, all_sum(torch.stack(list(sums.values()))).tolist(), strict=True))
+
+    def _losses(self, micro: Trajectories, advantages: Tensor, returns: Tensor) -> dict[str, Tensor]:
+        """Every step's loss and what is reported beside it, each (n, t); `loss` carries the gradient."""
+        config = self.config
+        evaluation = self.policy.evaluate(micro.context, micro.actions, micro.mask)
+        policy_loss, was_clipped = clipped_surrogate(
+            evaluation.log_probs, micro.log_probs, advantages, config.clip_low, config.clip_high, config.dual_clip
+        )
+        loss = policy_loss - config.entropy_coefficient * evaluation.entropy
+        with torch.no_grad():
+            reported = {
+                "policy_loss": policy_loss,
+                "entropy": evaluation.entropy,
+                # KL(π_old‖π) by k3, the actions being π_old's (Schulman 2020)
+                "approx_kl": estimate_kl(micro.log_probs, evaluation.log_probs, "k3"),
+                "clip_fraction": was_clipped.to(policy_loss.dtype),
+            }
+        if self.kl.config.placement == "loss" and micro.reference_log_probs is not None:
+            kl_loss = estimate_kl(evaluation.log_probs, micro.reference_log_probs, self.kl.config.loss_estimator)
+            loss = loss + self.kl.beta * kl_loss
+            reported["kl_loss"] = kl_loss
+        if self.advantage.uses_critic:
+            critic_loss = value_loss(evaluation.values, micro.values, returns, config.value_clip)
+            loss = config.value_coefficient * critic_loss + (0.0 if self._warming_value_up else loss)
+            reported["value_loss"] = critic_loss
+        return {"loss": loss} | reported
+
+    def _microbatches(self, lengths: Tensor) -> Iterator[Tensor]:
+        """Indices into `lengths` (n,), longest first, in parts of at most `microbatch_tokens` tokens with padding."""
+        order = torch.argsort(lengths, descending=True, stable=True)
+        start = 0
+        while start < len(order):
+            longest = max(1, int(lengths[order[start]]))
+            rows = max(1, self.config.microbatch_tokens // longest)
+            yield order[start : start + rows]
+            start += rows
+
+    def _step(self) -> float:
+        """Clip the gradients and move the parameters; returns the gradients' norm before clipping."""
+        if self._warming_value_up:
+            for parameter in self._policy_parameters:
+                parameter.grad = None
+        limit = self.config.max_gradient_norm or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self._parameters(), limit))
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient's norm is {norm} in iteration {self.iteration + 1}: "
+                "lower the learning rate or look for extreme rewards in the last episodes"
+            )
+        self.optimizer.step()
+        return norm
+
+    @property
+    def _warming_value_up(self) -> bool:
+        return self.advantage.uses_critic and self.iteration < self.config.value_warmup_iterations
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return self._policy_parameters + self._value_parameters
+
+    def _set_learning_rates(self) -> dict[str, float]:
+        factor = schedule_factor(
+            self.iteration, self.iterations, self.config.warmup_iterations, self.config.schedule
+        )
+        value_rate = self.config.value_learning_rate
+        rates = {"learning_rate": self.config.learning_rate * factor}
+        rates["value_learning_rate"] = rates["learning_rate"] if value_rate is None else value_rate * factor
+        names = [n for n, ps in zip(rates, (self._policy_parameters, self._value_parameters), strict=True) if ps]
+        for group, name in zip(self.optimizer.param_groups, names, strict=True):
+            group["lr"] = rates[name]
+        return rates
+
+    def _tell_kl_controller(self, trajectories: Trajectories) -> dict[str, float]:
+        if trajectories.reference_log_probs is None:
+            return {}
+        k1 = estimate_kl(trajectories.log_probs, trajectories.reference_log_probs, "k1")
+        kl, episodes = all_sum(torch.stack([k1[trajectories.mask].sum(), k1.new_tensor(len(trajectories))])).tolist()
+        beta = self.kl.beta
+        self.kl.update(kl / episodes, int(episodes))
+        return {"beta": beta}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the parameters of the policy: optimizer moments, random state, β, iteration."""
+        moments = {str(index): state for index, state in self.optimizer.state_dict()["state"].items()}
+        return {
+            "iteration": self.iteration,
+            "generator": self.generator.get_state(),
+            "optimizer": moments,
+            "kl": self.kl.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict` as if there had been no interruption."""
+        self.iteration = int(state["iteration"])
+        self.generator.set_state(state["generator"])
+        moments = {int(index): moment for index, moment in state["optimizer"].items()}
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        self.kl.load_state_dict(state["kl"])
+
+
+class _Sums:
+    """Running sums of metrics over minibatches."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums: dict[str, float] = {}
+
+    def add(self, metrics: dict[str, float]) -> None:
+        self.count += 1
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        return {name: value / self.count for name, value in self.sums.items()}
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 − Var(R − V) / Var(R) over valid steps on all ranks: 1 is a perfect critic, 0 no better than a constant."""
+
+    def variance(x: Tensor) -> Tensor:
+        count, total = all_sum(torch.stack([mask.sum().to(x.dtype), x[mask].sum()]))
+        return all_sum((x[mask] - total / count).square().sum()) / count
+
+    spread = variance(returns)
+    return float(1.0 - variance(returns - values) / spread) if float(spread) > 0 else math.nan
+
+
+def schedule_factor(iteration: int, iterations: int, warmup: int, schedule: str) -> float:
+    """Factor on the learning rate in iteration 0, 1, …: rises over `warmup`, then falls to 0 at `iterations`."""
+    if iteration < warmup:
+        return (iteration + 1) / (warmup + 1)
+    progress = (iteration - warmup) / max(1, iterations - warmup)
+    if schedule == "linear":
+        return 1.0 - progress
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 1.0

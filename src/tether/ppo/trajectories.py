@@ -1,0 +1,150 @@
+"""The one batch type that flows through the house: what a policy did, and what came of it.
+
+Read this file first. A world fills `Trajectories`, the learner reads them; neither needs to know the other.
+
+N = episodes, T = steps of the longest episode, A = size of a vector action.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Context(Protocol):
+    """What an `ActorCritic` needs to see the states again: a world's own type, opaque to the learner."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """(N,) int: what each episode costs to evaluate, in tokens or steps."""
+        ...
+
+    def select(self, rows: Tensor) -> Context:
+        """The context of these rows alone, with padding that no row needs cut off."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a policy says of given actions in given states: all (N, T), differentiable, 0 where the mask is False."""
+
+    log_probs: Tensor
+    values: Tensor
+    entropy: Tensor
+
+
+class ActorCritic(Protocol):
+    """A policy π(a|s) with a value function V(s): the only seam between the learner and a world."""
+
+    def evaluate(self, context: Any, actions: Tensor, mask: Tensor) -> Evaluation:
+        """Log-probabilities of `actions`, state values and entropies at the steps where `mask` (N, T) is True."""
+        ...
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """Parameters that the policy's distribution depends on (a shared trunk included)."""
+        ...
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the critic alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Episodes as tensors, right-padded to the longest. Steps where `mask` is False carry no meaning.
+
+    Attributes:
+        actions: (N, T) or (N, T, A), what was done.
+        log_probs: (N, T), log π_old(a|s) of the distribution that was really sampled.
+        values: (N, T), V_old(s) before the action.
+        rewards: (N, T), reward of the step, penalties included.
+        mask: (N, T) bool, the step exists and is the policy's own.
+        terminated: (N, T) bool, the episode ended here: no future beyond it.
+        truncated: (N, T) bool, the episode was cut off here: the future exists but was not seen.
+        bootstrap_values: (N, T), V of the successor state where `truncated`, else 0.
+        context: what `ActorCritic.evaluate` needs to see the states again.
+        reference_log_probs: (N, T), log π_ref(a|s), or None where there is no reference policy.
+        groups: (N,) int, episodes that share a start have the same number; None when no two do.
+    """
+
+    actions: Tensor
+    log_probs: Tensor
+    values: Tensor
+    rewards: Tensor
+    mask: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    bootstrap_values: Tensor
+    context: Any
+    reference_log_probs: Tensor | None = None
+    groups: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.mask.shape)
+        if len(shape) != 2:
+            raise ValueError(f"mask has shape {shape}, expected (N, T)")
+        for name in ("log_probs", "values", "rewards", "terminated", "truncated", "bootstrap_values"):
+            found = tuple(getattr(self, name).shape)
+            if found != shape:
+                raise ValueError(f"{name} has shape {found}, expected {shape} like mask")
+        if tuple(self.actions.shape[:2]) != shape:
+            raise ValueError(f"actions have shape {tuple(self.actions.shape)}, expected {shape} or {shape} + (A,)")
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    def select(self, rows: Tensor) -> Trajectories:
+        """The episodes with these indices, cut to the longest among them."""
+        steps = int(last_step(self.mask[rows]).max()) + 1 if len(rows) else 0
+        cut: dict[str, Any] = {}
+        for name in _STEPWISE:
+            tensor = getattr(self, name)
+            cut[name] = None if tensor is None else tensor[rows, :steps]
+        cut["context"] = self.context.select(rows)
+        cut["groups"] = None if self.groups is None else self.groups[rows]
+        return replace(self, **cut)
+
+
+_STEPWISE = (
+    "actions",
+    "log_probs",
+    "values",
+    "rewards",
+    "mask",
+    "terminated",
+    "truncated",
+    "bootstrap_values",
+    "reference_log_probs",
+)
+
+
+def last_step(mask: Tensor) -> Tensor:
+    """(N,) int: index of each episode's last valid step; −1 for an episode without one."""
+    steps = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return (mask * steps).amax(dim=1) - 1 if mask.shape[1] else mask.new_full((len(mask),), -1, dtype=torch.long)
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One trajectory for people and for storage: plain numbers and text, no tensors.
+
+    The lists have one entry per step. `score` is what the world gave for the whole episode, before any penalty.
+    """
+
+    prompt: str
+    response: str
+    score: float
+    terminated: bool
+    truncated: bool
+    actions: list[str]
+    action_ids: list[Any]
+    log_probs: list[float]
+    values: list[float]
+    rewards: list[float]
+    advantages: list[float]
+    returns: list[float]
+    reference_log_probs: list[float] | None = None
+    details: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,180 @@
+"""Scores for completions: several reward functions, weighted and added up.
+
+The calling convention is the one that users of TRL's reward functions know. Knows nothing of policies or of training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tether.errors import RewardError, UserError
+from tether.rewards.calling import Caller
+from tether.rewards.loading import GIVEN, RewardFunction, check_columns, describe, load_reward
+from tether.rewards.verifiers import Text, text_of
+
+
+@dataclass(frozen=True)
+class RewardsConfig:
+    """Where scores come from."""
+
+    functions: tuple[str, ...] = ()
+    """Each `file.py:name`, `package.module:name`, or built in, with options after `?`: `exact_match?answer=answer`,
+    `regex?pattern=…`, `numeric?answer=answer&right=1&wrong=-1`, `arithmetic`."""
+    weights: tuple[float, ...] = ()
+    """One factor per function; none given: all 1."""
+    timeout: float = 300.0
+    """Seconds that one call of one function may take."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of N completions.
+
+    Attributes:
+        total: (N,) weighted sum over the functions.
+        parts: for each function by name, (N,) what it returned, before its weight; NaN where it returned None.
+    """
+
+    total: list[float]
+    parts: dict[str, list[float]]
+
+
+class Rewards:
+    """Reward functions that score completions together.
+
+    Args:
+        config: which functions, their weights, the time limit.
+        functions: Python callables instead of `config.functions`, for use from Python.
+
+    Raises:
+        UserError: a function cannot be loaded, or the weights do not fit.
+    """
+
+    def __init__(self, config: RewardsConfig, functions: Sequence[Callable[..., Any]] | None = None) -> None:
+        if functions is None:
+            loaded = [load_reward(spec) for spec in config.functions]
+        else:
+            loaded = [_from_callable(function) for function in functions]
+        if not loaded:
+            raise UserError("no reward: name at least one function, as in `--reward.functions rewards.py:correct`")
+        weights = config.weights or (1.0,) * len(loaded)
+        if len(weights) != len(loaded):
+            raise UserError(f"reward.weights has {len(weights)} numbers for {len(loaded)} functions; expected one each")
+        for weight in weights:
+            if not math.isfinite(weight):
+                raise UserError(f"reward.weights holds {weight}; expected finite numbers")
+        if not config.timeout > 0:
+            raise UserError(f"reward.timeout is {config.timeout:g}; expected seconds above 0")
+        self.functions: dict[str, RewardFunction] = {}
+        for function in loaded:
+            self.functions[_free_name(function.name, self.functions)] = function
+        self.weights = tuple(weights)
+        self._caller = Caller(config.timeout)
+
+    def check(
+        self, columns: Mapping[str, Sequence[Any]] | Iterable[str], prompts: Sequence[Text] | None = None
+    ) -> None:
+        """Whether every function gets the columns that it requires; to be called before anything is computed.
+
+        Args:
+            columns: the data set's columns: their names, or names and values.
+            prompts: all prompts. With them and the columns' values, the built-in verifiers also read every answer.
+
+        Raises:
+            UserError: a column is missing, or holds an answer that a built-in verifier cannot read.
+        """
+        names = list(columns)
+        for function in self.functions.values():
+            check_columns(function, names)
+            if function.built_in and prompts is not None and isinstance(columns, Mapping):
+                function.call(**{**columns, "prompts": prompts, "completions": [""] * len(prompts)})
+
+    def __call__(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> Scores:
+        """Score N completions.
+
+        Args:
+            prompts: (N,) texts, or lists of messages.
+            completions: (N,) texts; for chat prompts `[{"role": "assistant", "content": text}]`.
+            completion_ids: (N,) token ids of the completions, eos included where it was drawn.
+            columns: for each column of the data set, (N,) values. A column called `prompts`, `completions` or
+                `completion_ids` is not handed on: these names mean the arguments above.
+
+        Raises:
+            RewardError: a function raised, hung, or did not return one finite number per completion; or every function
+                returned None for the same completion.
+        """
+        columns = {name: values for name, values in columns.items() if name not in GIVEN}
+        arguments = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        for name, values in arguments.items():
+            if len(values) != len(completions):
+                raise ValueError(f"{name} has {len(values)} entries for {len(completions)} completions")
+        for function in self.functions.values():
+            check_columns(function, columns)
+        parts = dict(zip(self.functions, self._caller.call(list(self.functions.values()), arguments), strict=True))
+        total = []
+        for index, completion in enumerate(completions):
+            scores = [(weight, part[index]) for weight, part in zip(self.weights, parts.values(), strict=True)]
+            applying = [weight * score for weight, score in scores if not math.isnan(score)]
+            if not applying:
+                shown = " ".join(text_of(completion).split())[:60]
+                raise RewardError(
+                    f"no reward applies to completion {index} ({shown!r}): {', '.join(self.functions)} returned None; "
+                    "expected a number from at least one"
+                )
+            total.append(math.fsum(applying))
+        return Scores(total, parts)
+
+
+def check_reward(
+    function: str | Callable[..., Any],
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
+    columns: Mapping[str, Sequence[Any]] | None = None,
+    completion_ids: Sequence[Sequence[int]] | None = None,
+    timeout: float = 300.0,
+) -> list[float]:
+    """Try a reward function on examples, as training would call it, and return its scores.
+
+    >>> check_reward("rewards.py:correct", ["2 + 2 ="], ["4"], {"answer": ["4"]})
+    [1.0]
+
+    Args:
+        function: as in `RewardsConfig.functions`, or the function itself.
+        prompts: (N,) texts or lists of messages.
+        completions: (N,) of the same kind.
+        columns: (N,) values for each column of the data set.
+        completion_ids: (N,) token ids; without them each completion has none.
+        timeout: seconds that the call may take.
+
+    Raises:
+        UserError: the function cannot be loaded or called, or returns anything but one finite number per completion.
+    """
+    if isinstance(function, str):
+        rewards = Rewards(RewardsConfig((function,), timeout=timeout))
+    else:
+        rewards = Rewards(RewardsConfig(timeout=timeout), [function])
+    ids = [[] for _ in completions] if completion_ids is None else completion_ids
+    return rewards(prompts, completions, ids, columns or {}).total
+
+
+def _from_callable(function: Callable[..., Any]) -> RewardFunction:
+    name = getattr(function, "__name__", type(function).__name__)
+    return describe(function, label=name, name=name)
+
+
+def _free_name(name: str, taken: Mapping[str, Any]) -> str:
+    """`name`, or `name_2`, `name_3`, … where it is taken."""
+    number, free = 1, name
+    while free in taken:
+        number += 1
+        free = f"{name}_{number}"
+    return free

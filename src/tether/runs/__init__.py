@@ -1,0 +1,23 @@
+"""A run's folder: configuration, metrics, episodes and checkpoints; and progress for people.
+
+Knows nothing of training: imports neither the loop nor the pipeline.
+"""
+
+from .display import Display
+from .episodes import StoredEpisode, count_episodes, read_episode, read_episodes
+from .folder import Run, latest_checkpoint, read_config, read_metrics
+from .state import load_state, save_state
+
+__all__ = [
+    "Display",
+    "Run",
+    "StoredEpisode",
+    "count_episodes",
+    "latest_checkpoint",
+    "load_state",
+    "read_config",
+    "read_episode",
+    "read_episodes",
+    "read_metrics",
+    "save_state",
+]

@@ -1,0 +1,71 @@
+"""The loop, the same for every world: collect → credit → update.
+
+It knows neither what an episode is about nor where metrics go; `tether.pipeline` gives it both.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from tether.ppo import ActorCritic, Episode, Learner, Trajectories
+
+
+class World(Protocol):
+    """Where episodes come from."""
+
+    policy: Any  # an ActorCritic
+
+    def collect(self) -> Trajectories:
+        """Let the policy act, and return what happened."""
+        ...
+
+    def metrics(self, trajectories: Trajectories) -> dict[str, float]:
+        """What to report of the batch collected last."""
+        ...
+
+    def episodes(self, trajectories: Trajectories, advantages: Tensor, returns: Tensor) -> list[Episode]:
+        """The batch collected last, for people and for storage."""
+        ...
+
+    def save_policy(self, folder: Path) -> None:
+        """Write the policy and its critic."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Random states and whatever else the next `collect` depends on, the policy's parameters excepted."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one turn of the loop did."""
+
+    number: int
+    trajectories: Trajectories
+    advantages: Tensor
+    returns: Tensor
+    metrics: dict[str, float]
+
+
+def iterate(world: World, learner: Learner) -> Iterator[Iteration]:
+    """PPO, one iteration at a time, from where the learner stands to the end of its run."""
+    while learner.iteration < learner.iterations:
+        started = time.perf_counter()
+        trajectories = world.collect()
+        advantages, returns = learner.credit(trajectories)
+        learning = time.perf_counter()
+        metrics = world.metrics(trajectories) | learner.update(trajectories, advantages, returns)
+        ended = time.perf_counter()
+        metrics |= {"time/learning": ended - learning, "time/iteration": ended - started}
+        yield Iteration(learner.iteration, trajectories, advantages, returns, metrics)
+
+
+__all__ = ["ActorCritic", "Iteration", "World", "iterate"]

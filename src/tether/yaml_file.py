@@ -1,0 +1,88 @@
+"""YAML files with a mapping at the top: read with errors of one line, written so that they come back equal.
+
+Knows nothing of what the fields mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tether.errors import UserError
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """The mapping at the top of a YAML file; an empty file is an empty mapping."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: byte {error.start} is not UTF-8, expected a YAML file") from None
+    try:
+        data = _UniqueKeyLoader(text).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else str(file)
+        raise UserError(f"{place}: not valid YAML: {one_line(error.problem or str(error))}") from None
+    except yaml.reader.ReaderError as error:
+        # Its position counts from the start of a text that holds the character itself.
+        line = text.count("\n", 0, error.position) + 1
+        raise UserError(f"{file}:{line}: not valid YAML: character {error.character!r} is not allowed") from None
+    except RecursionError:
+        raise UserError(f"{file}: not valid YAML: nested too deeply") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"{file}: the top level is {describe(data)}, expected a mapping of fields to values")
+    return data
+
+
+def dump_yaml(data: Mapping[str, Any]) -> str:
+    """YAML of plain nested data, in its order."""
+    return yaml.dump(dict(data), Dumper=_ExactDumper, sort_keys=False, allow_unicode=True)
+
+
+def describe(value: Any) -> str:
+    """A value from a file as messages call it, such as `text 'x'`, `null` or `a list`."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    if isinstance(value, Mapping):
+        return "a mapping"
+    shown = repr(value) if isinstance(value, (str, int, float)) else str(value)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return f"text {shown}" if isinstance(value, str) else shown
+
+
+def one_line(text: str) -> str:
+    """`text` with every run of spaces and line breaks as one space."""
+    return " ".join(text.split())
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML lets the last of two equal keys win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _ExactDumper(yaml.SafeDumper):
+    """PyYAML's plain styles do not bring back every line break and control character; escapes do."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_ExactDumper.add_representer(str, _represent_text)

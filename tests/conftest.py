@@ -1,0 +1,11 @@
+"""Makes the small builders beside the tests importable as `tests.models` and `tests.toy`, and keeps torch on one thread."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+torch.set_num_threads(1)

@@ -1,0 +1,222 @@
+"""The world of text: what is collected, in which order, what rewards are given, what is reported and kept."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.models import CountingRewards, make_model, make_prompts, make_tokenizer, make_world, perturbed
+from tether.errors import RewardError, UserError
+from tether.language.policy import LanguagePolicy
+from tether.language.sampler import Sampler, SamplingConfig
+from tether.language.world import CollectConfig, LanguageWorld
+from tether.ppo import AdvantageConfig, KLConfig, KLController, Learner, LearnerConfig
+from tether.ppo.advantages import estimate
+from tether.rewards import Scores
+from tether.train import iterate
+
+
+def test_shapes_and_groups() -> None:
+    world = make_world(collect=CollectConfig(prompts=4, samples_per_prompt=3))
+    batch = world.collect()
+    assert len(batch) == 12
+    assert batch.groups is not None and batch.groups.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    starts = batch.context.starts.tolist()
+    for group in range(4):
+        prompts = {tuple(batch.context.tokens[row, : starts[row]].tolist()) for row in range(3 * group, 3 * group + 3)}
+        assert len(prompts) == 1
+    assert int(batch.mask[:, -1].sum()) > 0  # as wide as the longest and no wider
+
+
+def test_each_prompt_comes_once_in_each_pass_also_across_batches() -> None:
+    world = make_world(prompts=make_prompts(5), collect=CollectConfig(prompts=3))
+    rows = [prompt.row for _ in range(5) for prompt in world._last_batch(world.collect()).prompts]
+    passes = [rows[i : i + 5] for i in range(0, 15, 5)]
+    assert all(sorted(one) == [1, 2, 3, 4, 5] for one in passes)
+    assert passes[0] != passes[1] or passes[1] != passes[2]
+
+
+def test_more_prompts_than_there_are() -> None:
+    world = make_world(prompts=make_prompts(2), collect=CollectConfig(prompts=5))
+    batch = world.collect()
+    assert len(batch) == 5 and len(world._last_batch(batch).prompts) == 5
+
+
+def test_a_reward_gets_every_column_repeated_for_each_sample() -> None:
+    rewards = CountingRewards()
+    world = make_world(rewards=rewards, collect=CollectConfig(prompts=3, samples_per_prompt=2))
+    batch = world.collect()
+    call, kept = rewards.calls[0], world._last_batch(batch)
+    assert call["prompts"] == [p.source for p in kept.prompts]
+    assert call["columns"]["answer"] == [p.columns["answer"] for p in kept.prompts]
+    assert call["columns"]["answer"][0] == call["columns"]["answer"][1] != call["columns"]["answer"][2]
+    assert call["completions"] == kept.samples.texts and call["completion_ids"] == kept.samples.response_ids
+
+
+def test_chat_prompts_get_messages() -> None:
+    rewards = CountingRewards()
+    world = make_world(rewards=rewards, prompts=make_prompts(4, chat=True), collect=CollectConfig(prompts=4))
+    batch = world.collect()
+    call = rewards.calls[0]
+    assert all(prompt[0]["role"] == "user" for prompt in call["prompts"])
+    texts = world._last_batch(batch).samples.texts
+    assert call["completions"] == [[{"role": "assistant", "content": text}] for text in texts]
+
+
+def test_scores_are_scaled_then_clipped_then_penalised() -> None:
+    config = CollectConfig(prompts=6, samples_per_prompt=2, score_scale=3.0, score_clip=2.0, missing_eos_penalty=0.5)
+    world = make_world(kl=KLConfig(beta=0.0), collect=config)
+    batch = world.collect()
+    kept = world._last_batch(batch)
+    expected = [
+        max(-2.0, min(2.0, 3 * score)) - (0.0 if ended else 0.5)
+        for score, ended in zip(kept.scores.total, kept.samples.terminated.tolist(), strict=True)
+    ]
+    assert batch.rewards.sum(1).tolist() == pytest.approx(expected, abs=1e-6)
+    assert world.metrics(batch)["score"] == pytest.approx(sum(kept.scores.total) / 12)  # as the reward gave it
+
+
+def test_metrics() -> None:
+    world = make_world()
+    batch = world.collect()
+    metrics, kept = world.metrics(batch), world._last_batch(batch)
+    lengths = [len(ids) for ids in kept.samples.response_ids]
+    assert metrics["response_length"] == pytest.approx(sum(lengths) / len(lengths))
+    assert metrics["response_length_max"] == max(lengths) and metrics["tokens"] == sum(lengths)
+    assert metrics["eos_share"] == pytest.approx(float(kept.samples.terminated.float().mean()))
+    assert metrics["reward"] == pytest.approx(float(batch.rewards.sum(1).mean()), rel=1e-5)
+    total = torch.tensor(kept.scores.total)
+    assert metrics["score_std"] == pytest.approx(float(total.std(correction=0)), rel=1e-5)
+    assert all(metrics[f"time/{phase}"] >= 0 for phase in ("sampling", "scoring", "reference"))
+    assert metrics["time/tokens_per_second_sampled"] > 0
+    assert "score/count" not in metrics  # one part is the score itself
+
+
+def test_several_rewards_are_reported_by_name() -> None:
+    class Two(CountingRewards):
+        def __call__(self, prompts: list, completions: list, completion_ids: list, columns: dict) -> Scores:
+            lengths = [float(len(ids)) for ids in completion_ids]
+            return Scores([2 * x for x in lengths], {"first": lengths, "second": lengths})
+
+    world = make_world(rewards=Two())
+    batch = world.collect()
+    metrics = world.metrics(batch)
+    assert metrics["score/first"] == metrics["score/second"] == pytest.approx(metrics["score"] / 2)
+
+
+def test_episodes_say_what_the_tensors_say() -> None:
+    world = make_world(collect=CollectConfig(prompts=3, samples_per_prompt=2))
+    batch = world.collect()
+    advantages, returns = estimate(batch, AdvantageConfig())
+    episodes = world.episodes(batch, advantages, returns)
+    assert len(episodes) == 6
+    for row, episode in enumerate(episodes):
+        length = int(batch.mask[row].sum())
+        assert episode.action_ids == batch.actions[row, :length].tolist()
+        for name in ("log_probs", "values", "rewards", "reference_log_probs"):
+            assert getattr(episode, name) == getattr(batch, name)[row, :length].tolist()
+        assert episode.advantages == advantages[row, :length].tolist()
+        assert episode.returns == returns[row, :length].tolist()
+        assert len(episode.actions) == length and episode.terminated != episode.truncated
+        assert episode.terminated == bool(batch.terminated[row].any())
+        assert episode.details["group"] == row // 2 and set(episode.details["scores"]) == {"count"}
+        visible = "".join(episode.actions[:-1] if episode.terminated else episode.actions)
+        assert episode.response in visible or "<" in visible
+    with pytest.raises(ValueError, match="not the batch"):
+        world.episodes(batch.select(torch.arange(3)), advantages, returns)
+
+
+def test_a_failing_reward_carries_the_responses_that_were_sampled() -> None:
+    def fail(text: str) -> float:
+        raise RewardError("reward: said no")
+
+    world = make_world(rewards=CountingRewards(fail), collect=CollectConfig(prompts=3))
+    with pytest.raises(RewardError) as raised:
+        world.collect()
+    responses = raised.value.responses  # type: ignore[attr-defined]
+    assert len(responses) == 3 and set(responses[0]) == {"prompt", "response"}
+
+
+def test_state_goes_round() -> None:
+    first, second = make_world(), make_world(seed=0)
+    first.config = second.config = CollectConfig(prompts=4)
+    first.collect()
+    state = copy.deepcopy(first.state_dict())
+    expected = [first.collect() for _ in range(3)]
+    second.generator.manual_seed(99)
+    second.load_state_dict(state)
+    for batch in expected:
+        found = second.collect()
+        assert torch.equal(found.actions, batch.actions) and torch.equal(found.rewards, batch.rewards)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_saved_policy_is_a_plain_model_folder_and_the_critic_comes_back(tmp_path: Path, separate: bool) -> None:
+    world = make_world("gpt2")
+    if separate:
+        policy = LanguagePolicy(world.policy.model, separate_value_trunk=True)
+        world.policy = world.sampler.policy = perturbed(policy, 0.02, seed=8)
+    world.save_policy(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    for name, tensor in world.policy.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert AutoTokenizer.from_pretrained(tmp_path / "policy").eos_token == "<eos>"
+    critic = copy.deepcopy({n: p for n, p in world.policy.named_parameters() if n.startswith("value_")})
+    assert set(load_file(tmp_path / "critic.safetensors")) == set(critic)
+    with torch.no_grad():
+        for parameter in world.policy.value_parameters():
+            parameter.zero_()
+    world.load_critic(tmp_path)
+    for name, parameter in world.policy.named_parameters():
+        assert name not in critic or torch.equal(parameter, critic[name])
+
+
+def test_a_critic_of_another_shape_is_refused(tmp_path: Path) -> None:
+    world = make_world("gpt2")
+    world.save_policy(tmp_path)
+    world.policy = LanguagePolicy(world.policy.model, separate_value_trunk=True)
+    with pytest.raises(UserError, match=r"critic.safetensors: holds another critic .*separate_value_trunk"):
+        world.load_critic(tmp_path)
+
+
+def build(**changes: Any) -> LanguageWorld:
+    reference = make_model()
+    policy = LanguagePolicy(copy.deepcopy(reference))
+    sampler = Sampler(policy, make_tokenizer(), changes.pop("sampling", SamplingConfig(max_new_tokens=4)))
+    parts: dict[str, Any] = {"prompts": make_prompts(3), "reference": reference} | changes
+    return LanguageWorld(
+        policy, parts["reference"], sampler, parts["prompts"], CountingRewards(), KLController(KLConfig())  # type: ignore[arg-type]
+    )
+
+
+def test_what_cannot_work_is_refused() -> None:
+    with pytest.raises(ValueError, match="no prompts"):
+        build(prompts=[])
+    with pytest.raises(ValueError, match="temperature is 0"):
+        build(sampling=SamplingConfig(temperature=0.0))
+
+
+@pytest.mark.parametrize(("field", "value"), [("prompts", 0), ("samples_per_prompt", 0), ("score_clip", 0.0)])
+def test_bad_numbers_are_refused(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{field} is"):
+        CollectConfig(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo"])
+def test_the_loop_raises_the_score(estimator: Any) -> None:
+    """The reward counts one letter: two dozen iterations find it."""
+    sampling = SamplingConfig(max_new_tokens=5)
+    rewards = CountingRewards(lambda text: float(text.count("d")))
+    world = make_world("gpt2", sampling, KLConfig(beta=0.01), CollectConfig(prompts=6, samples_per_prompt=4), rewards=rewards)
+    config = LearnerConfig(learning_rate=1e-2, epochs=2, minibatches=2)
+    learner = Learner(world.policy, config, AdvantageConfig(estimator), world.kl, iterations=14)
+    metrics = [iteration.metrics for iteration in iterate(world, learner)]
+    assert len(metrics) == 14 and learner.iteration == 14
+    assert metrics[-1]["score"] > metrics[0]["score"] + 1.0
+    assert metrics[-1]["kl"] > metrics[0]["kl"]

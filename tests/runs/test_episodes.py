@@ -1,0 +1,146 @@
+"""The store of episodes: what goes in comes out, fast, all or nothing, readable while it is written."""
+
+from __future__ import annotations
+
+import math
+import random
+import sqlite3
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tether.errors import UserError
+from tether.ppo.trajectories import Episode
+from tether.runs import count_episodes, read_episode, read_episodes
+from tether.runs.episodes import EpisodeStore
+
+
+def episode(score: float = 1.0, steps: int = 3, reference: bool = True) -> Episode:
+    def numbers(scale: float) -> list[float]:
+        return [scale * (step + 1) / 8 for step in range(steps)]  # exact in float32
+
+    return Episode(
+        prompt="What is 2 + 2?",
+        response=f'"vier" ≈ 4\n{score}',
+        score=score,
+        terminated=True,
+        truncated=False,
+        actions=[f" token {step}" for step in range(steps)],
+        action_ids=list(range(steps)),
+        log_probs=numbers(-1.0),
+        values=numbers(0.5),
+        rewards=numbers(0.25),
+        advantages=numbers(2.0),
+        returns=numbers(4.0),
+        reference_log_probs=numbers(-2.0) if reference else None,
+        details={"exact_match": 1.0, "answer": "vier"},
+    )
+
+
+def test_what_goes_in_comes_out(tmp_path: Path) -> None:
+    episodes = [
+        episode(),
+        episode(score=-1.0, steps=0),
+        replace(episode(reference=False), action_ids=[[0.5], [1.0], [2.0]]),
+    ]
+    store = EpisodeStore(tmp_path)
+    store.append(1, episodes)
+    stored = read_episodes(tmp_path)  # while the writer is open
+    store.close()
+    for position, (found, expected) in enumerate(zip(stored, episodes, strict=True)):
+        assert (found.id, found.iteration, found.position) == (position + 1, 1, position)
+        for name in vars(expected):
+            assert getattr(found, name) == getattr(expected, name), name
+    assert stored[0].reward == 0.25 * 6 / 8
+    assert stored[0].length == 3
+    assert stored[0].kl == 6 / 8  # Σ log π − log π_ref
+    assert stored[2].kl is None
+    assert stored[2].reference_log_probs is None
+    assert read_episode(tmp_path, 2) == stored[1]
+
+
+def test_orders_limits_and_iterations(tmp_path: Path) -> None:
+    store = EpisodeStore(tmp_path)
+    store.append(1, [episode(score=s) for s in (0.5, -1.0, 1.0)])
+    store.append(2, [episode(score=s, steps=n) for s, n in ((0.0, 5), (2.0, 1))])
+    store.close()
+
+    def scores(**arguments: object) -> list[float]:
+        return [found.score for found in read_episodes(tmp_path, **arguments)]  # type: ignore[arg-type]
+
+    assert scores() == [0.5, -1.0, 1.0, 0.0, 2.0]
+    assert scores(iteration=1, order="best") == [1.0, 0.5, -1.0]
+    assert scores(order="worst", limit=2) == [-1.0, 0.0]
+    assert scores(order="newest", limit=2, offset=1) == [0.0, 1.0]
+    assert scores(order="longest", limit=1) == [0.0]
+    assert scores(order="most kl", limit=1) == [0.0]
+    assert (count_episodes(tmp_path), count_episodes(tmp_path, 2), count_episodes(tmp_path, 3)) == (5, 2, 0)
+
+
+def test_nan_scores_stay_nan(tmp_path: Path) -> None:
+    store = EpisodeStore(tmp_path)
+    store.append(1, [replace(episode(), score=math.nan, rewards=[math.nan] * 3, log_probs=[math.nan] * 3)])
+    store.close()
+    (found,) = read_episodes(tmp_path)
+    assert math.isnan(found.score)
+    assert math.isnan(found.reward)
+    assert found.kl is not None
+    assert math.isnan(found.kl)
+
+
+def test_documented_schema_works_without_tether(tmp_path: Path) -> None:
+    store = EpisodeStore(tmp_path)
+    store.append(1, [episode()])
+    store.close()
+    connection = sqlite3.connect(tmp_path / "episodes.db")
+    blob, length = connection.execute("SELECT log_probs, length FROM episodes WHERE score > 0").fetchone()
+    assert np.frombuffer(blob, "<f4").tolist() == [-0.125, -0.25, -0.375]
+    assert length == 3
+    plan = connection.execute("EXPLAIN QUERY PLAN SELECT * FROM episodes WHERE iteration = 1 ORDER BY score").fetchall()
+    assert "episodes_by_iteration" in str(plan)
+
+
+def test_an_iteration_is_stored_as_a_whole_or_not(tmp_path: Path) -> None:
+    store = EpisodeStore(tmp_path)
+    with pytest.raises(UserError, match=r"episodes\.db: NOT NULL constraint failed"):
+        store.append(1, [episode(), replace(episode(), prompt=None)])  # type: ignore[arg-type]
+    store.append(2, [episode()])
+    store.remove_after(1)
+    store.append(2, [episode()])
+    store.close()
+    assert [(found.id, found.iteration) for found in read_episodes(tmp_path)] == [(1, 2)]
+
+
+def test_512_episodes_of_200_tokens_are_stored_fast(tmp_path: Path) -> None:
+    source = random.Random(0)
+    numbers = [source.gauss(0, 1) for _ in range(200)]
+    made = replace(
+        episode(),
+        actions=[" token"] * 200,
+        action_ids=list(range(30_000, 30_200)),
+        **dict.fromkeys(("log_probs", "values", "rewards", "advantages", "returns", "reference_log_probs"), numbers),
+    )
+    store = EpisodeStore(tmp_path)
+    seconds = []
+    for iteration in (1, 2, 3):
+        start = time.perf_counter()
+        store.append(iteration, [made] * 512)
+        seconds.append(time.perf_counter() - start)
+    store.close()
+    assert min(seconds) < 0.3, seconds
+
+
+def test_errors_name_the_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"episodes\.db: no such file, expected the folder of a run"):
+        read_episodes(tmp_path)
+    EpisodeStore(tmp_path).close()
+    with pytest.raises(UserError, match=r"episodes\.db: no episode 7"):
+        read_episode(tmp_path, 7)
+    (tmp_path / "episodes.db").write_bytes(b"not a database, but long enough to be looked at" * 100)
+    with pytest.raises(UserError, match=r"episodes\.db: file is not a database"):
+        read_episodes(tmp_path)
+    with pytest.raises(UserError, match=r"episodes\.db: file is not a database"):
+        EpisodeStore(tmp_path)
