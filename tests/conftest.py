@@ -1,4 +1,4 @@
-"""Makes the small builders beside the tests importable as `tests.models` and `tests.toy`, and keeps torch on one thread."""
+"""Makes the builders beside the tests importable as `tests.models` and `tests.toy`; keeps torch on one thread."""
 
 from __future__ import annotations
 

@@ -63,7 +63,9 @@ def make_tokenizer(pad: str | None = "<eos>") -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(kind: str = "llama", seed: int = 0, vocabulary_size: int = len(VOCABULARY), **overrides: Any) -> PreTrainedModel:
+def make_model(
+    kind: str = "llama", seed: int = 0, vocabulary_size: int = len(VOCABULARY), **overrides: Any
+) -> PreTrainedModel:
     """A two-layer model of this architecture with random weights, large enough that its softmax is far from uniform."""
     sizes: dict[str, Any] = {
         "vocab_size": vocabulary_size,
@@ -112,7 +114,7 @@ def perturbed(module: Any, scale: float = 0.02, seed: int = 1) -> Any:
 
 
 class CountingRewards:
-    """Stands where `tether.rewards.Rewards` does: scores by a function of the response's text, keeps what it was given."""
+    """Stands where `tether.rewards.Rewards` does: scores a response by its text, keeps what it was given."""
 
     def __init__(self, score: Callable[[str], float] = lambda text: text.count("a") - 0.25 * len(text)) -> None:
         self.score = score

@@ -1,4 +1,4 @@
-"""The nine points of semantics that must be exact. docs/semantics.md says what each means and how its tests were seen to fail.
+"""The nine points of semantics that must be exact; docs/semantics.md says how each test was seen to fail.
 
 Each test is named after its point and fails when the point is broken. N = episodes, T = steps.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
+import itertools
 from dataclasses import fields, replace
 from typing import Any
 
@@ -262,7 +263,8 @@ def test_point_3_eos_is_an_action_and_pad_never(pad: str) -> None:
     assert 3 < len(ended) < len(batch)
     for row, ids in enumerate(samples.response_ids):
         prompt, response = split(batch, row)
-        assert response == ids and batch.actions[row, : len(ids)].tolist() == ids
+        assert response == ids
+        assert batch.actions[row, : len(ids)].tolist() == ids
         assert EOS not in ids[:-1]  # the first eos ends the response
         assert batch.mask[row].tolist() == [t < len(ids) for t in range(batch.mask.shape[1])]
         assert int(batch.context.lengths[row]) == len(prompt) + len(ids)
@@ -276,7 +278,9 @@ def test_point_3_eos_is_an_action_and_pad_never(pad: str) -> None:
         rewards[-1] += world._last_batch(batch).scores.total[row]
         near = {"atol": 1e-5, "rtol": 1e-4}
         torch.testing.assert_close(batch.log_probs[row, : len(ids)], log_probs, **near)
-        torch.testing.assert_close(batch.values[row, : len(ids)], world.policy.values_of(hidden[before]).detach(), **near)
+        torch.testing.assert_close(
+            batch.values[row, : len(ids)], world.policy.values_of(hidden[before]).detach(), **near
+        )
         torch.testing.assert_close(batch.rewards[row, : len(ids)], rewards, **near)
         assert bool(batch.terminated[row, len(ids) - 1]) == (ids[-1] == EOS)
 
@@ -285,7 +289,8 @@ def test_point_3_eos_gets_credit_and_a_gradient() -> None:
     world, batch, advantages, returns = lm_batch("gpt2", collect=CollectConfig(prompts=6, samples_per_prompt=4))
     at_eos = batch.mask & (batch.actions == EOS)
     assert int(at_eos.sum()) > 3
-    assert bool((advantages[at_eos] != 0).all()) and bool((returns[at_eos] != 0).all())
+    assert bool((advantages[at_eos] != 0).all())
+    assert bool((returns[at_eos] != 0).all())
     without = replace(batch, mask=batch.mask & ~at_eos)
     whole = gradient(world.policy, batch, advantages, returns)
     assert relative_error(gradient(world.policy, without, advantages, returns), whole) > 1e-3
@@ -339,7 +344,8 @@ def test_point_4_language_truncation_is_scored_as_it_is() -> None:
     last = last_step(batch.mask)
     rows = torch.arange(len(batch))
     cut = batch.truncated[rows, last]
-    assert bool(cut.any()) and bool((~cut).any())
+    assert bool(cut.any())
+    assert bool((~cut).any())
     assert torch.equal(batch.terminated[rows, last], ~cut)
     assert int((batch.terminated | batch.truncated).sum()) == len(batch)
     assert bool((batch.mask.sum(1)[cut] == 8).all())
@@ -552,7 +558,8 @@ def test_point_7_dropout_is_off_after_train(separate: bool) -> None:
     batch = world.collect()
     first = world.policy.evaluate(batch.context, batch.actions, batch.mask)
     again = world.policy.evaluate(batch.context, batch.actions, batch.mask)
-    assert torch.equal(first.log_probs, again.log_probs) and torch.equal(first.values, again.values)
+    assert torch.equal(first.log_probs, again.log_probs)
+    assert torch.equal(first.values, again.values)
     torch.testing.assert_close(first.log_probs, batch.log_probs, atol=1e-5, rtol=1e-4)
 
 
@@ -626,7 +633,7 @@ def test_point_8_each_field_has_a_default_and_says_what_it_means(config: type) -
     body = ast.parse(inspect.getsource(config)).body[0].body
     documented = {
         statement.target.id
-        for statement, following in zip(body, body[1:], strict=False)
+        for statement, following in itertools.pairwise(body)
         if isinstance(statement, ast.AnnAssign)
         and isinstance(following, ast.Expr)
         and isinstance(following.value, ast.Constant)
@@ -670,7 +677,9 @@ def test_point_8_schedule_and_warmup_reach_the_optimizer() -> None:
     assert rates == pytest.approx([0.5, 1.0, 0.75, 0.5, 0.25])
 
 
-@pytest.mark.parametrize(("advantage", "ratio", "moves"), [(1, 1.25, False), (1, 0.5, True), (-1, 0.5, False), (-1, 1.25, True)])
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "moves"), [(1, 1.25, False), (1, 0.5, True), (-1, 0.5, False), (-1, 1.25, True)]
+)
 def test_point_8_clip_range_is_asymmetric(advantage: float, ratio: float, moves: bool) -> None:
     """Beyond 1 − ε_low with A < 0 and beyond 1 + ε_high with A > 0 there is no gradient; elsewhere there is."""
     policy = TablePolicy(torch.zeros(4))
@@ -717,13 +726,15 @@ def test_point_8_value_clip_takes_the_larger_loss() -> None:
 
 def test_point_8_target_kl_stops_the_batch_before_the_step() -> None:
     base = LearnerConfig(epochs=6, minibatches=1, learning_rate=3e-2)
-    free, every = trained(base, 1)
-    assert every[0]["optimizer_steps"] == 6 and every[0]["stopped_early"] == 0
+    _free, every = trained(base, 1)
+    assert every[0]["optimizer_steps"] == 6
+    assert every[0]["stopped_early"] == 0
     policy = ToyPolicy()
     batch = trajectories(policy, episodes=12, seed=8, drift=0.0)
     learner = Learner(policy, replace(base, target_kl=1e-3))
     metrics = learner.update(batch, *learner.credit(batch))
-    assert metrics["stopped_early"] == 1 and 1 <= metrics["optimizer_steps"] < 6
+    assert metrics["stopped_early"] == 1
+    assert 1 <= metrics["optimizer_steps"] < 6
     assert metrics["approx_kl"] <= 1e-3  # of the steps that were taken
     same = ToyPolicy()
     short = Learner(same, replace(base, epochs=int(metrics["optimizer_steps"])))
@@ -748,7 +759,12 @@ def test_point_8_entropy_bonus_raises_entropy() -> None:
 def test_point_8_value_warmup_leaves_the_policy_bitwise() -> None:
     world = make_world(kl=KLConfig(beta=0.1, placement="loss"))
     config = LearnerConfig(
-        epochs=2, minibatches=2, learning_rate=1e-3, value_warmup_iterations=1, weight_decay=0.1, entropy_coefficient=0.1
+        epochs=2,
+        minibatches=2,
+        learning_rate=1e-3,
+        value_warmup_iterations=1,
+        weight_decay=0.1,
+        entropy_coefficient=0.1,
     )
     learner = Learner(world.policy, config, kl=world.kl, iterations=2)
     before = copy.deepcopy(world.policy.state_dict())
@@ -835,4 +851,3 @@ def test_point_9_prompts_come_in_an_order_of_the_seed() -> None:
 
     assert rows(0) == rows(0) != rows(1)
     assert sorted(rows(0)[:6]) == sorted(rows(0)[6:]) == [1, 2, 3, 4, 5, 6]  # each prompt once in every pass
-

@@ -1,0 +1,58 @@
+"""PPO for language models and for control, from one core.
+
+    import tether
+
+    config = tether.PPOConfig(model="my-model", output="runs/first")
+    tether.train_ppo(config, tether.Parts(prompts=rows, reward=my_reward))
+
+Everything here is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tether.errors import RewardError, UserError
+    from tether.language.environment import TokenEnv
+    from tether.language.policy import LanguagePolicy
+    from tether.language.prompts import PromptsConfig
+    from tether.language.sampler import Sampler, SamplingConfig
+    from tether.language.world import CollectConfig, LanguageWorld
+    from tether.pipeline.evaluate import EvalConfig, evaluate
+    from tether.pipeline.ppo import Parts, PPOConfig, Trained, build_ppo, train_ppo
+    from tether.pipeline.sft import SFTConfig, fine_tune, sft
+    from tether.ppo import AdvantageConfig, Episode, KLConfig, Learner, LearnerConfig, Trajectories
+    from tether.rewards import Rewards, RewardsConfig, check_reward
+    from tether.runs import read_episodes, read_metrics
+    from tether.train import Iteration, World, iterate
+
+_HOMES = {
+    "tether.errors": ("RewardError", "UserError"),
+    "tether.language.environment": ("TokenEnv",),
+    "tether.language.policy": ("LanguagePolicy",),
+    "tether.language.prompts": ("PromptsConfig",),
+    "tether.language.sampler": ("Sampler", "SamplingConfig"),
+    "tether.language.world": ("CollectConfig", "LanguageWorld"),
+    "tether.pipeline.evaluate": ("EvalConfig", "evaluate"),
+    "tether.pipeline.ppo": ("PPOConfig", "Parts", "Trained", "build_ppo", "train_ppo"),
+    "tether.pipeline.sft": ("SFTConfig", "fine_tune", "sft"),
+    "tether.ppo": ("AdvantageConfig", "Episode", "KLConfig", "Learner", "LearnerConfig", "Trajectories"),
+    "tether.rewards": ("Rewards", "RewardsConfig", "check_reward"),
+    "tether.runs": ("read_episodes", "read_metrics"),
+    "tether.train": ("Iteration", "World", "iterate"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = list(_HOME_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'tether' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOME_OF)

@@ -89,7 +89,7 @@ def _quiet_libraries() -> None:
 def _ppo(arguments: list[str]) -> int:
     from tether.config import load_config
     from tether.pipeline.ppo import PPOConfig, train_ppo
-    from tether.runs import Display, latest_checkpoint
+    from tether.runs import Display
 
     resume = "--resume" in arguments
     if resume:
@@ -104,15 +104,21 @@ def _ppo(arguments: list[str]) -> int:
         rest = arguments[:place] + arguments[place + 2 :]
         arguments = ["--config", str(Path(folder) / "config.yaml"), "--output", folder, *rest]
     config = load_config(PPOConfig, arguments, "tether ppo", "PPO on a language model, prompts and a reward.")
-    done = latest_checkpoint(config.output) if resume else None
-    columns = ("score", "reward", "kl", "entropy", "response_length", "eos_share", "clip_fraction", "explained_variance")
-    with Display(config.iterations, columns, start=done[0] if done else 0) as display:
-        train_ppo(config, resume=resume, report=lambda iteration: display.update(iteration.number, iteration.metrics))
-    newest = latest_checkpoint(config.output)
-    if newest is not None:
-        print(f"\nthe policy, a Hugging Face folder:  {newest[1] / 'policy'}")
-        if newest[0] < config.iterations:
-            print(f"go on with it:                      tether ppo --resume {config.output}")
+    columns = (
+        "score",
+        "reward",
+        "kl",
+        "entropy",
+        "response_length",
+        "eos_share",
+        "clip_fraction",
+        "explained_variance",
+    )
+    with Display(config.iterations, columns) as display:
+        trained = train_ppo(config, resume=resume, report=lambda step: display.update(step.number, step.metrics))
+    print(f"\nthe policy, a Hugging Face folder:  {trained.policy}")
+    if trained.learner.iteration < config.iterations:
+        print(f"go on with it:                      tether ppo --resume {config.output}")
     return 0
 
 

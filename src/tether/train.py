@@ -41,7 +41,9 @@ class World(Protocol):
         """Random states and whatever else the next `collect` depends on, the policy's parameters excepted."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,11 @@ from tether.errors import UserError
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
-    """The mapping at the top of a YAML file; an empty file is an empty mapping."""
+    """The mapping at the top of a YAML file; an empty file is an empty mapping.
+
+    Raises:
+        UserError: the file cannot be read, is not YAML, has a key twice, or has something else at the top.
+    """
     try:
         text = Path(file).read_text(encoding="utf-8")
     except OSError as error:
@@ -29,9 +33,11 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
         place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else str(file)
         raise UserError(f"{place}: not valid YAML: {one_line(error.problem or str(error))}") from None
     except yaml.reader.ReaderError as error:
-        # Its position counts from the start of a text that holds the character itself.
         line = text.count("\n", 0, error.position) + 1
         raise UserError(f"{file}:{line}: not valid YAML: character {error.character!r} is not allowed") from None
+    except (ValueError, KeyError, AttributeError) as error:
+        # What PyYAML lets through from values of the right form that do not exist: 2024-13-45, !!bool maybe.
+        raise UserError(f"{file}: not valid YAML: {one_line(str(error))}") from None
     except RecursionError:
         raise UserError(f"{file}: not valid YAML: nested too deeply") from None
     if data is None:
@@ -42,7 +48,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
 
 
 def dump_yaml(data: Mapping[str, Any]) -> str:
-    """YAML of plain nested data, in its order."""
+    """YAML of plain nested data, in its order, which `read_yaml` reads back equal."""
     return yaml.dump(dict(data), Dumper=_ExactDumper, sort_keys=False, allow_unicode=True)
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from tests.models import EOS, KINDS, make_model, make_prompts, perturbed, plain_forward
 from tests.toy import relative_error
+from torch import Tensor
+
 from tether.language import policy as policy_module
 from tether.language.policy import (
     LanguagePolicy,
@@ -43,7 +43,8 @@ def test_from_ids_sets_sequences_flush_left() -> None:
     made = TokenContext.from_ids([[5, 6], [7]], [[8], [EOS, 9, 4]])
     assert made.tokens.tolist() == [[5, 6, 8, 0], [7, EOS, 9, 4]]
     assert made.attention_mask.tolist() == [[True, True, True, False], [True] * 4]
-    assert made.starts.tolist() == [2, 1] and made.lengths.tolist() == [3, 4]
+    assert made.starts.tolist() == [2, 1]
+    assert made.lengths.tolist() == [3, 4]
 
 
 def test_select_cuts_padding_that_no_row_needs_on_either_side() -> None:
@@ -53,8 +54,10 @@ def test_select_cuts_padding_that_no_row_needs_on_either_side() -> None:
     part = made.select(torch.tensor([1, 0]))
     assert part.tokens.tolist() == [[7, 8, 9, 10], [1, 2, 3, 4]]
     assert part.attention_mask.tolist() == [[True, True, True, False], [False, True, True, True]]
-    assert part.starts.tolist() == [1, 3] and part.temperature == 0.7
-    assert part.support is not None and part.support.tolist() == [[2, 3], [0, 1]]
+    assert part.starts.tolist() == [1, 3]
+    assert part.temperature == 0.7
+    assert part.support is not None
+    assert part.support.tolist() == [[2, 3], [0, 1]]
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -85,7 +88,9 @@ def test_evaluate_is_a_plain_forward_pass_of_each_sequence(kind: str, separate: 
 def test_logits_exist_at_response_tokens_only() -> None:
     policy = make_policy()
     rows: list[int] = []
-    handle = output_head(policy.model).register_forward_hook(lambda _, __, out: rows.append(out.numel() // out.shape[-1]))
+    handle = output_head(policy.model).register_forward_hook(
+        lambda _, __, out: rows.append(out.numel() // out.shape[-1])
+    )
     policy.evaluate(context(), ACTIONS, MASK)
     reference_log_probs(policy.model, context(), ACTIONS, MASK)
     handle.remove()
@@ -180,7 +185,8 @@ def test_an_action_that_has_left_the_support_stays_possible() -> None:
     log_probs, entropy = action_log_probs(logits, torch.tensor([0]), 1.0, torch.tensor([2]))
     assert bool(log_probs.isfinite().all())
     (log_probs.sum() + entropy.sum()).backward()
-    assert logits.grad is not None and bool(logits.grad.isfinite().all())
+    assert logits.grad is not None
+    assert bool(logits.grad.isfinite().all())
 
 
 @pytest.mark.parametrize("support", [1, 2, 3])
@@ -189,7 +195,8 @@ def test_a_tie_at_the_edge_of_the_support_does_not_widen_it(support: int) -> Non
     logits = torch.tensor([[2.0, 2.0, 2.0, 2.0]])
     for action in range(4):
         kept = keep_likeliest(logits, torch.tensor([support]), torch.tensor([action])).isfinite()
-        assert int(kept.sum()) == support and bool(kept[0, action])
+        assert int(kept.sum()) == support
+        assert bool(kept[0, action])
 
 
 def test_first_ratio_is_one_with_logits_that_differ_by_rounding_alone() -> None:
@@ -218,7 +225,9 @@ def test_decode_step_gives_the_last_columns_logits_and_states() -> None:
 
 def test_padding_on_the_right_alone_needs_no_mask_and_the_left_gets_one() -> None:
     assert set(policy_module.model_inputs(context())) == {"input_ids"}
-    left = TokenContext(torch.tensor([[0, 4], [5, 6]]), torch.tensor([[False, True], [True, True]]), torch.tensor([1, 1]))
+    left = TokenContext(
+        torch.tensor([[0, 4], [5, 6]]), torch.tensor([[False, True], [True, True]]), torch.tensor([1, 1])
+    )
     assert policy_module.model_inputs(left)["position_ids"].tolist() == [[0, 0], [0, 1]]
 
 
@@ -231,6 +240,8 @@ def test_gradients_of_a_batch_are_the_sum_of_its_rows() -> None:
         steps = int(MASK[rows].sum(1).max())
         found = policy.evaluate(part, ACTIONS[rows, :steps], MASK[rows, :steps])
         (found.log_probs.sum() + found.values.sum()).backward()
-        return torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in policy.parameters()])
+        return torch.cat(
+            [p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in policy.parameters()]
+        )
 
     assert relative_error(sum((flat([row]) for row in range(5)), torch.zeros(())), flat([3, 0, 4, 1, 2])) < 1e-5

@@ -1,4 +1,4 @@
-"""The sampler: exact distributions, greedy as transformers does it, independence of the batch, and where responses end."""
+"""The sampler: exact distributions, greedy as transformers has it, independence of the batch, ends of responses."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from tests.models import (
     END,
     EOS,
@@ -24,6 +22,8 @@ from tests.models import (
     plain_forward,
     token,
 )
+from torch import Tensor
+
 from tether.language import sampler as sampler_module
 from tether.language.policy import LanguagePolicy
 from tether.language.sampler import Sampler, SamplingConfig, draw, support_size
@@ -69,7 +69,9 @@ def next_token(sampler: Sampler, ids: Sequence[int]) -> list[float]:
     order = sorted(range(len(p)), key=lambda i: -p[i])
     kept, mass = [], 0.0
     for i in order:
-        if (config.top_k is not None and len(kept) == config.top_k) or (config.top_p is not None and mass >= config.top_p):
+        if (config.top_k is not None and len(kept) == config.top_k) or (
+            config.top_p is not None and mass >= config.top_p
+        ):
             break
         kept.append(i)
         mass += p[i]
@@ -123,9 +125,16 @@ def test_a_token_without_probability_is_never_drawn() -> None:
 def test_support_is_the_fewest_that_hold_p_and_at_most_k() -> None:
     scaled = torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.97, 0.01, 0.01, 0.01]]).log()
     assert support_size(scaled, None, None) is None
-    for top_k, top_p, expected in ((2, None, [2, 2]), (9, None, [4, 4]), (None, 0.7, [2, 1]), (3, 0.9, [3, 1]), (None, 1e-9, [1, 1])):
+    for top_k, top_p, expected in (
+        (2, None, [2, 2]),
+        (9, None, [4, 4]),
+        (None, 0.7, [2, 1]),
+        (3, 0.9, [3, 1]),
+        (None, 1e-9, [1, 1]),
+    ):
         found = support_size(scaled, top_k, top_p)
-        assert found is not None and found.tolist() == expected
+        assert found is not None
+        assert found.tolist() == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,7 +148,8 @@ def test_greedy_is_what_transformers_generates(kind: str) -> None:
             tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=20, pad_token_id=PAD
         )
         assert found == generated[0, len(ids) :].tolist()
-    assert bool((samples.log_probs <= 0).all()) and samples.support is None
+    assert bool((samples.log_probs <= 0).all())
+    assert samples.support is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -169,7 +179,9 @@ def test_values_of_a_trunk_of_its_own() -> None:
 
 def arranged_uniforms(monkeypatch: pytest.MonkeyPatch, sampler: Sampler, keys: Sequence[int]) -> None:
     """Give the i-th sampled prompt the uniforms of its key, whatever batch it finds itself in."""
-    table = torch.rand(100, sampler.config.max_new_tokens, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    table = torch.rand(
+        100, sampler.config.max_new_tokens, generator=torch.Generator().manual_seed(4), dtype=torch.float64
+    )
     waiting = list(keys)
     rows: list[int] = []
     steps = 0
@@ -192,7 +204,9 @@ def arranged_uniforms(monkeypatch: pytest.MonkeyPatch, sampler: Sampler, keys: S
     monkeypatch.setattr(sampler_module.torch, "rand", rand)
 
 
-def sampled(monkeypatch: pytest.MonkeyPatch, sampler: Sampler, keys: Sequence[int]) -> dict[int, tuple[list[int], Tensor, Tensor, bool]]:
+def sampled(
+    monkeypatch: pytest.MonkeyPatch, sampler: Sampler, keys: Sequence[int]
+) -> dict[int, tuple[list[int], Tensor, Tensor, bool]]:
     """Response, log-probs, values and end of each key; key k is prompt k modulo their number."""
     with monkeypatch.context() as patched:
         arranged_uniforms(patched, sampler, keys)
@@ -200,7 +214,12 @@ def sampled(monkeypatch: pytest.MonkeyPatch, sampler: Sampler, keys: Sequence[in
     result = {}
     for row, key in enumerate(keys):
         ids = samples.response_ids[row]
-        result[key] = (ids, samples.log_probs[row, : len(ids)], samples.values[row, : len(ids)], bool(samples.terminated[row]))
+        result[key] = (
+            ids,
+            samples.log_probs[row, : len(ids)],
+            samples.values[row, : len(ids)],
+            bool(samples.terminated[row]),
+        )
     return result
 
 
@@ -230,7 +249,8 @@ def test_results_do_not_depend_on_company_order_batch_size_or_compaction(
     monkeypatch.setattr(sampler_module._Decoder, "keep", counted)
     keys = list(range(24))
     together = sampled(monkeypatch, sampler, keys)
-    assert len(kept) >= 2 and len({len(ids) for ids, *_ in together.values()}) > 3
+    assert len(kept) >= 2
+    assert len({len(ids) for ids, *_ in together.values()}) > 3
     kept.clear()
     alone: dict[int, Any] = {}
     for key in keys[:6]:
@@ -246,11 +266,13 @@ def test_results_do_not_depend_on_company_order_batch_size_or_compaction(
 def test_batches_are_joined_in_order() -> None:
     whole = make_sampler(SamplingConfig(max_new_tokens=12, temperature=0.0)).sample(PROMPTS)
     parts = make_sampler(SamplingConfig(max_new_tokens=12, temperature=0.0, batch_size=4)).sample(PROMPTS)
-    assert parts.response_ids == whole.response_ids and parts.texts == whole.texts
+    assert parts.response_ids == whole.response_ids
+    assert parts.texts == whole.texts
     for name in ("log_probs", "values", "mask", "terminated"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), atol=1e-5, rtol=1e-4)
     supports = make_sampler(SamplingConfig(max_new_tokens=12, top_k=3, batch_size=4)).sample(PROMPTS)
-    assert supports.support is not None and supports.support.shape == supports.mask.shape
+    assert supports.support is not None
+    assert supports.support.shape == supports.mask.shape
     assert set(supports.support[supports.mask].tolist()) == {3}
 
 
@@ -268,7 +290,9 @@ def test_the_same_seed_draws_the_same_tokens() -> None:
 # ---- where a response ends -------------------------------------------------------------------------------------------
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, texts: Sequence[Sequence[str]], stop: tuple[str, ...], limit: int = 6) -> Any:
+def scripted(
+    monkeypatch: pytest.MonkeyPatch, texts: Sequence[Sequence[str]], stop: tuple[str, ...], limit: int = 6
+) -> Any:
     """Samples whose draws are these tokens; a row that has run out of them draws "f"."""
     step = 0
     order: list[int] = []
@@ -292,7 +316,15 @@ def scripted(monkeypatch: pytest.MonkeyPatch, texts: Sequence[Sequence[str]], st
 
 
 def test_stop_strings_are_found_across_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [["ab", "c"], ["a", "bc"], ["a", "b", "c"], ["d", "ab", "ca"], ["ab", "d", "c"], ["bc", "a", "ab"], ["<eos>"]]
+    rows = [
+        ["ab", "c"],
+        ["a", "bc"],
+        ["a", "b", "c"],
+        ["d", "ab", "ca"],
+        ["ab", "d", "c"],
+        ["bc", "a", "ab"],
+        ["<eos>"],
+    ]
     samples = scripted(monkeypatch, rows, stop=("abc", "\n\n"))
     assert samples.texts == ["abc", "abc", "abc", "dabca", "abdcfff", "bcaabfff", ""]
     assert samples.terminated.tolist() == [True, True, True, True, False, False, True]
@@ -322,14 +354,19 @@ def test_a_special_token_can_be_a_stop_string(monkeypatch: pytest.MonkeyPatch) -
 def test_the_length_limit_truncates() -> None:
     samples = make_sampler(SamplingConfig(max_new_tokens=3), "gpt2").sample(PROMPTS * 8)
     ended = torch.tensor([ids[-1] == EOS for ids in samples.response_ids])
-    assert torch.equal(samples.terminated, ended) and 0 < int(ended.sum()) < len(ended)
+    assert torch.equal(samples.terminated, ended)
+    assert 0 < int(ended.sum()) < len(ended)
     assert all(len(ids) == 3 for ids, end in zip(samples.response_ids, ended, strict=True) if not end)
     only_one = make_sampler(SamplingConfig(max_new_tokens=1)).sample(PROMPTS)
     assert [len(ids) for ids in only_one.response_ids] == [1] * len(PROMPTS)
 
 
-@pytest.mark.parametrize(("named", "ends"), [([EOS, END], {EOS, END}), (END, {EOS, END}), (None, {EOS}), ([token("a")], {EOS})])
-def test_ends_come_from_the_generation_config_if_the_tokenizer_knows_them_as_special(named: Any, ends: set[int]) -> None:
+@pytest.mark.parametrize(
+    ("named", "ends"), [([EOS, END], {EOS, END}), (END, {EOS, END}), (None, {EOS}), ([token("a")], {EOS})]
+)
+def test_ends_come_from_the_generation_config_if_the_tokenizer_knows_them_as_special(
+    named: Any, ends: set[int]
+) -> None:
     """A default id of a model class that is an ordinary token of this tokenizer ends nothing."""
     model = make_model()
     model.generation_config.eos_token_id = named

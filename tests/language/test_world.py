@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.models import CountingRewards, make_model, make_prompts, make_tokenizer, make_world, perturbed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.models import CountingRewards, make_model, make_prompts, make_tokenizer, make_world, perturbed
 from tether.errors import RewardError, UserError
 from tether.language.policy import LanguagePolicy
 from tether.language.sampler import Sampler, SamplingConfig
@@ -26,7 +26,8 @@ def test_shapes_and_groups() -> None:
     world = make_world(collect=CollectConfig(prompts=4, samples_per_prompt=3))
     batch = world.collect()
     assert len(batch) == 12
-    assert batch.groups is not None and batch.groups.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert batch.groups is not None
+    assert batch.groups.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     starts = batch.context.starts.tolist()
     for group in range(4):
         prompts = {tuple(batch.context.tokens[row, : starts[row]].tolist()) for row in range(3 * group, 3 * group + 3)}
@@ -45,7 +46,8 @@ def test_each_prompt_comes_once_in_each_pass_also_across_batches() -> None:
 def test_more_prompts_than_there_are() -> None:
     world = make_world(prompts=make_prompts(2), collect=CollectConfig(prompts=5))
     batch = world.collect()
-    assert len(batch) == 5 and len(world._last_batch(batch).prompts) == 5
+    assert len(batch) == 5
+    assert len(world._last_batch(batch).prompts) == 5
 
 
 def test_a_reward_gets_every_column_repeated_for_each_sample() -> None:
@@ -56,7 +58,8 @@ def test_a_reward_gets_every_column_repeated_for_each_sample() -> None:
     assert call["prompts"] == [p.source for p in kept.prompts]
     assert call["columns"]["answer"] == [p.columns["answer"] for p in kept.prompts]
     assert call["columns"]["answer"][0] == call["columns"]["answer"][1] != call["columns"]["answer"][2]
-    assert call["completions"] == kept.samples.texts and call["completion_ids"] == kept.samples.response_ids
+    assert call["completions"] == kept.samples.texts
+    assert call["completion_ids"] == kept.samples.response_ids
 
 
 def test_chat_prompts_get_messages() -> None:
@@ -88,7 +91,8 @@ def test_metrics() -> None:
     metrics, kept = world.metrics(batch), world._last_batch(batch)
     lengths = [len(ids) for ids in kept.samples.response_ids]
     assert metrics["response_length"] == pytest.approx(sum(lengths) / len(lengths))
-    assert metrics["response_length_max"] == max(lengths) and metrics["tokens"] == sum(lengths)
+    assert metrics["response_length_max"] == max(lengths)
+    assert metrics["tokens"] == sum(lengths)
     assert metrics["eos_share"] == pytest.approx(float(kept.samples.terminated.float().mean()))
     assert metrics["reward"] == pytest.approx(float(batch.rewards.sum(1).mean()), rel=1e-5)
     total = torch.tensor(kept.scores.total)
@@ -123,9 +127,11 @@ def test_episodes_say_what_the_tensors_say() -> None:
             assert getattr(episode, name) == getattr(batch, name)[row, :length].tolist()
         assert episode.advantages == advantages[row, :length].tolist()
         assert episode.returns == returns[row, :length].tolist()
-        assert len(episode.actions) == length and episode.terminated != episode.truncated
+        assert len(episode.actions) == length
+        assert episode.terminated != episode.truncated
         assert episode.terminated == bool(batch.terminated[row].any())
-        assert episode.details["group"] == row // 2 and set(episode.details["scores"]) == {"count"}
+        assert episode.details["group"] == row // 2
+        assert set(episode.details["scores"]) == {"count"}
         visible = "".join(episode.actions[:-1] if episode.terminated else episode.actions)
         assert episode.response in visible or "<" in visible
     with pytest.raises(ValueError, match="not the batch"):
@@ -140,7 +146,8 @@ def test_a_failing_reward_carries_the_responses_that_were_sampled() -> None:
     with pytest.raises(RewardError) as raised:
         world.collect()
     responses = raised.value.responses  # type: ignore[attr-defined]
-    assert len(responses) == 3 and set(responses[0]) == {"prompt", "response"}
+    assert len(responses) == 3
+    assert set(responses[0]) == {"prompt", "response"}
 
 
 def test_state_goes_round() -> None:
@@ -153,7 +160,8 @@ def test_state_goes_round() -> None:
     second.load_state_dict(state)
     for batch in expected:
         found = second.collect()
-        assert torch.equal(found.actions, batch.actions) and torch.equal(found.rewards, batch.rewards)
+        assert torch.equal(found.actions, batch.actions)
+        assert torch.equal(found.rewards, batch.rewards)
 
 
 @pytest.mark.parametrize("separate", [False, True])
@@ -191,7 +199,12 @@ def build(**changes: Any) -> LanguageWorld:
     sampler = Sampler(policy, make_tokenizer(), changes.pop("sampling", SamplingConfig(max_new_tokens=4)))
     parts: dict[str, Any] = {"prompts": make_prompts(3), "reference": reference} | changes
     return LanguageWorld(
-        policy, parts["reference"], sampler, parts["prompts"], CountingRewards(), KLController(KLConfig())  # type: ignore[arg-type]
+        policy,
+        parts["reference"],
+        sampler,
+        parts["prompts"],
+        CountingRewards(),
+        KLController(KLConfig()),  # type: ignore[arg-type]
     )
 
 
@@ -213,10 +226,13 @@ def test_the_loop_raises_the_score(estimator: Any) -> None:
     """The reward counts one letter: two dozen iterations find it."""
     sampling = SamplingConfig(max_new_tokens=5)
     rewards = CountingRewards(lambda text: float(text.count("d")))
-    world = make_world("gpt2", sampling, KLConfig(beta=0.01), CollectConfig(prompts=6, samples_per_prompt=4), rewards=rewards)
+    world = make_world(
+        "gpt2", sampling, KLConfig(beta=0.01), CollectConfig(prompts=6, samples_per_prompt=4), rewards=rewards
+    )
     config = LearnerConfig(learning_rate=1e-2, epochs=2, minibatches=2)
     learner = Learner(world.policy, config, AdvantageConfig(estimator), world.kl, iterations=14)
     metrics = [iteration.metrics for iteration in iterate(world, learner)]
-    assert len(metrics) == 14 and learner.iteration == 14
+    assert len(metrics) == 14
+    assert learner.iteration == 14
     assert metrics[-1]["score"] > metrics[0]["score"] + 1.0
     assert metrics[-1]["kl"] > metrics[0]["kl"]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.toy import ToyContext, ToyPolicy, trajectories
 from torch import Tensor
 
-from tests.toy import ToyContext, ToyPolicy, trajectories
 from tether.ppo import AdvantageConfig, Trajectories
 from tether.ppo.advantages import estimate, gae, group_advantages, rewards_to_go, scale_and_clip, whiten
 

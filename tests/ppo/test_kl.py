@@ -16,7 +16,7 @@ from tether.ppo.kl import estimate_kl, penalised_rewards
 
 @st.composite
 def categoricals(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    """log p and log q over the same few outcomes, float64."""
+    """Log p and log q over the same few outcomes, float64."""
     size = draw(st.integers(2, 6))
     logits = st.lists(st.floats(-3, 3), min_size=size, max_size=size)
     return tuple(torch.tensor(draw(logits), dtype=torch.float64).log_softmax(-1) for _ in range(2))  # type: ignore[return-value]
@@ -72,7 +72,13 @@ def test_fixed_beta_stays() -> None:
 
 @pytest.mark.parametrize(
     ("kl", "factor"),
-    [(6.0, 1.0), (6.6, 1 + 0.1 * 64 / 1000), (60.0, 1 + 0.2 * 64 / 1000), (5.4, 1 - 0.1 * 64 / 1000), (0.0, 1 - 0.2 * 64 / 1000)],
+    [
+        (6.0, 1.0),
+        (6.6, 1 + 0.1 * 64 / 1000),
+        (60.0, 1 + 0.2 * 64 / 1000),
+        (5.4, 1 - 0.1 * 64 / 1000),
+        (0.0, 1 - 0.2 * 64 / 1000),
+    ],
 )
 def test_adaptive_beta_follows_equation_2_of_ziegler(kl: float, factor: float) -> None:
     controller = KLController(KLConfig(beta=0.2, target=6.0, horizon=1000))

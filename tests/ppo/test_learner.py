@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from tests.toy import TablePolicy, ToyPolicy, one_step, trajectories
+
 from tether.ppo import AdvantageConfig, KLConfig, KLController, Learner, LearnerConfig
 from tether.ppo.learner import explained_variance, schedule_factor
 
@@ -92,7 +92,8 @@ def test_more_minibatches_than_episodes_is_an_error_before_anything_happens() ->
     learner = Learner(policy, LearnerConfig(minibatches=4))
     with pytest.raises(ValueError, match="3 episodes cannot be cut into 4 minibatches; lower minibatches"):
         learner.update(batch, *learner.credit(batch))
-    assert learner.iteration == 0 and not learner.updating
+    assert learner.iteration == 0
+    assert not learner.updating
     assert torch.equal(bits(policy), bits(ToyPolicy()))
 
 
@@ -107,7 +108,8 @@ def test_a_gradient_that_is_not_finite_raises_and_leaves_the_parameters(bad: flo
     with pytest.raises(FloatingPointError, match="iteration 1: lower the learning rate"):
         learner.update(batch, advantages, returns)
     assert torch.equal(bits(policy), before)
-    assert learner.updating and learner.iteration == 0
+    assert learner.updating
+    assert learner.iteration == 0
 
 
 @pytest.mark.parametrize("limit", [0.0, 1.0])
@@ -153,7 +155,8 @@ def test_microbatches_keep_to_the_budget() -> None:
         batch, batch.rewards, batch.rewards
     )
     assert all(rows == 1 or rows * longest <= 18 for rows, longest in sizes)
-    assert sum(rows for rows, _ in sizes) == 20 and len(sizes) < 20
+    assert sum(rows for rows, _ in sizes) == 20
+    assert len(sizes) < 20
 
 
 @pytest.mark.parametrize("estimator", ["rloo", "grpo"])
@@ -165,7 +168,8 @@ def test_with_a_group_baseline_the_critic_is_not_trained(estimator: Any) -> None
     fresh = ToyPolicy()
     assert torch.equal(policy.critic.weight, fresh.critic.weight)
     assert not torch.equal(policy.actor.weight, fresh.actor.weight)
-    assert "value_loss" not in metrics and "explained_variance" not in metrics
+    assert "value_loss" not in metrics
+    assert "explained_variance" not in metrics
 
 
 def test_frozen_parameters_stay() -> None:
@@ -197,8 +201,12 @@ def test_metrics_are_means_over_the_minibatches() -> None:
     log_ratio = (now.log_probs - batch.log_probs).detach()[batch.mask]
     assert metrics["approx_kl"] == pytest.approx(float((log_ratio.exp() - 1 - log_ratio).mean()), rel=1e-4)
     assert metrics["entropy"] == pytest.approx(float(now.entropy[batch.mask].mean().detach()), rel=1e-5)
-    assert metrics["value_loss"] == pytest.approx(float(((now.values - returns)[batch.mask] ** 2).mean().detach()) / 2, rel=1e-5)
-    outside = ((log_ratio.exp() > 1.2) & (advantages[batch.mask] > 0)) | ((log_ratio.exp() < 0.8) & (advantages[batch.mask] < 0))
+    assert metrics["value_loss"] == pytest.approx(
+        float(((now.values - returns)[batch.mask] ** 2).mean().detach()) / 2, rel=1e-5
+    )
+    outside = ((log_ratio.exp() > 1.2) & (advantages[batch.mask] > 0)) | (
+        (log_ratio.exp() < 0.8) & (advantages[batch.mask] < 0)
+    )
     assert metrics["clip_fraction"] == pytest.approx(float(outside.float().mean()), abs=1e-6)
     assert metrics["clip_fraction"] > 0
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from tests.toy import ToyPolicy, trajectories
+
 from tether.ppo.trajectories import last_step
 
 
@@ -26,7 +26,8 @@ def test_select_takes_rows_and_cuts_to_the_longest() -> None:
     assert part.mask.shape == (len(rows), longest)
     for name in ("actions", "log_probs", "values", "rewards", "terminated", "truncated", "reference_log_probs"):
         torch.testing.assert_close(getattr(part, name), getattr(batch, name)[rows, :longest])
-    assert batch.groups is not None and part.groups is not None
+    assert batch.groups is not None
+    assert part.groups is not None
     assert part.groups.tolist() == batch.groups[rows].tolist()
     assert torch.equal(part.context.lengths, batch.context.lengths[rows])
 
@@ -36,10 +37,13 @@ def test_select_keeps_vector_actions_and_missing_fields() -> None:
     batch = replace(batch, actions=torch.randn(*batch.mask.shape, 3), reference_log_probs=None, groups=None)
     part = batch.select(torch.tensor([2, 0]))
     assert part.actions.shape == (*part.mask.shape, 3)
-    assert part.reference_log_probs is None and part.groups is None
+    assert part.reference_log_probs is None
+    assert part.groups is None
 
 
-@pytest.mark.parametrize("name", ["log_probs", "values", "rewards", "terminated", "truncated", "bootstrap_values", "actions"])
+@pytest.mark.parametrize(
+    "name", ["log_probs", "values", "rewards", "terminated", "truncated", "bootstrap_values", "actions"]
+)
 def test_wrong_shapes_are_named(name: str) -> None:
     batch = trajectories(ToyPolicy(), episodes=4)
     with pytest.raises(ValueError, match=f"{name} ha.* shape"):

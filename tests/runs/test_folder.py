@@ -45,6 +45,8 @@ def test_configuration_lands_in_the_folder(tmp_path: Path) -> None:
     assert read_config(tmp_path / "a" / "run") == CONFIG
     with Run.open(tmp_path / "a" / "run") as run:
         assert run.config == CONFIG
+        run.update_config(CONFIG | {"model": "other"})
+    assert read_config(tmp_path / "a" / "run") == CONFIG | {"model": "other"}
 
 
 def test_metrics_lines(tmp_path: Path) -> None:

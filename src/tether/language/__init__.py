@@ -1,0 +1,1 @@
+"""The world of text: the token environment, the policy, the sampler, prompts."""

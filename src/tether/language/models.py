@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tether.errors import UserError
@@ -33,7 +32,9 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever its parsers raise
-        raise UserError(f"{path}: no tokenizer could be loaded ({_first_line(error)}); save one beside the model") from error
+        raise UserError(
+            f"{path}: no tokenizer could be loaded ({_first_line(error)}); save one beside the model"
+        ) from error
     return prepare_tokenizer(tokenizer, path)
 
 
@@ -97,9 +98,8 @@ def prepare_model(model: PreTrainedModel, device: str = "cpu") -> PreTrainedMode
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Raises UserError where the tokenizer knows ids that the model has no embedding for."""
-    embeddings = model.get_input_embeddings()
-    assert isinstance(embeddings, nn.Module)
-    rows = int(embeddings.weight.shape[0])  # type: ignore[union-attr,arg-type]
+    embeddings: Any = model.get_input_embeddings()
+    rows = int(embeddings.weight.shape[0])
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise UserError(
@@ -123,13 +123,15 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
     The second condition keeps a default id of a model class (2 for Llama) from ending responses of another tokenizer.
     """
-    ends = {int(tokenizer.eos_token_id)}  # type: ignore[arg-type]
+    ends = {int(tokenizer.eos_token_id)}
     named: Any = getattr(model.generation_config, "eos_token_id", None)
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)  # type: ignore[attr-defined]
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     for token_id in named if isinstance(named, list | tuple) else [named]:
         if token_id is not None and int(token_id) in special:
             ends.add(int(token_id))
-    return tuple(sorted(ends - {i for i in (tokenizer.bos_token_id, tokenizer.unk_token_id) if i != tokenizer.eos_token_id}))
+    return tuple(
+        sorted(ends - {i for i in (tokenizer.bos_token_id, tokenizer.unk_token_id) if i != tokenizer.eos_token_id})
+    )
 
 
 def _check_folder(path: str, needs: str) -> None:

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 
 from tether.errors import UserError
 
-# Rows may be this many times as long as the batch's longest sample. Wider rows hardly hold less padding (with lengths like
-# those of GSM8K and 32 samples: 16 % at 1, 7 % at 2, 10 % at 4), but attention costs the square of their width.
+# Rows may be this many times as long as the batch's longest sample. Wider rows hardly hold less padding (with lengths
+# like those of GSM8K and 32 samples: 16 % at 1, 7 % at 2, 10 % at 4), but attention costs the square of their width.
 ROW_FACTOR = 2
 
 
@@ -77,7 +77,7 @@ class Rows:
     """Samples laid out as a rectangle for one forward pass.
 
     Attributes:
-        token_ids: (B, L) int64; what fills the end of a row is some token of that row, is read by no sample and never a target.
+        token_ids: (B, L) int64; the end of a row is filled with some token of the row, which no sample reads.
         position_ids: (B, L) int64 that start at 0 with every sample.
         is_target: (B, L) bool.
         packed: some row holds more than one sample, so that the model must be given the position ids.
@@ -113,14 +113,14 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def lay_out(
-    samples: TokenizedSamples, chosen: np.ndarray, packing: bool, microbatch_tokens: int
-) -> Iterator[Rows]:
+def lay_out(samples: TokenizedSamples, chosen: np.ndarray, packing: bool, microbatch_tokens: int) -> Iterator[Rows]:
     """The chosen samples as microbatches of at most `microbatch_tokens` tokens, filling included (one row at least).
 
     Args:
+        samples: all samples.
         chosen: (n,) indices into `samples`.
         packing: let samples share rows; otherwise each has one of its own.
+        microbatch_tokens: rows times the length of the longest.
     """
     lengths = samples.lengths[chosen]
     if packing:

@@ -40,9 +40,11 @@ class TokenContext:
 
     @property
     def lengths(self) -> Tensor:
+        """(N,) tokens of each sequence, padding excluded."""
         return self.attention_mask.sum(dim=1)
 
     def select(self, rows: Tensor) -> TokenContext:
+        """These rows, without the columns in which all of them are padded."""
         mask = self.attention_mask[rows]
         used = mask.any(dim=0).nonzero()
         first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
@@ -93,12 +95,15 @@ class LanguagePolicy(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the parameters are."""
         return self.value_head.weight.device
 
     def policy_parameters(self) -> list[nn.Parameter]:
+        """Those of the causal LM, which the critic may share."""
         return list(self.model.parameters())
 
     def value_parameters(self) -> list[nn.Parameter]:
+        """The value head's, and those of the critic's own trunk where it has one."""
         trunk = [] if self.value_trunk is None else list(self.value_trunk.parameters())
         return trunk + list(self.value_head.parameters())
 
@@ -160,6 +165,7 @@ def reference_log_probs(
 
 
 def output_head(model: PreTrainedModel) -> nn.Linear:
+    """The layer that turns hidden states into logits. Raises TypeError where it is no linear layer."""
     head: Any = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise TypeError(f"{type(model).__name__} has no linear output layer, expected a causal language model")
@@ -207,7 +213,7 @@ def _head_reads(model: PreTrainedModel, choose: Any) -> Iterator[list[Tensor]]:
 
 
 def decode_step(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
-    """Logits (N, V) and hidden states (N, H) of the last column, and the cache, which grew by the columns of `inputs`."""
+    """Logits (N, V) and hidden states (N, H) of the last column, and the cache, grown by the columns of `inputs`."""
     with _head_reads(model, lambda hidden: hidden[:, -1]) as seen:
         output = model(**inputs, use_cache=True)
     return output.logits, seen[0], output.past_key_values
@@ -232,7 +238,9 @@ def action_log_probs(
 def keep_likeliest(logits: Tensor, support: Tensor, actions: Tensor | None = None) -> Tensor:
     """(n, V) logits, −inf but for the `support` (n,) largest of each row and for `actions` (n,) where given."""
     order = logits.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(logits.shape[-1], device=logits.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(logits.shape[-1], device=logits.device).expand_as(order)
+    )
     kept = rank < support[:, None]
     if actions is not None:
         # an action that has fallen out takes the place of the last: no jump where two tokens change places, be it by

@@ -18,7 +18,7 @@ from tether.language.rows import Row, load_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Prompt", "PromptsConfig", "load_prompts", "load_rows"]
+__all__ = ["Prompt", "PromptsConfig", "load_prompts", "load_rows", "prompts_from_rows"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Prompt:
 def load_prompts(
     config: PromptsConfig, tokenizer: PreTrainedTokenizerBase, context_length: int | None, reserve: int
 ) -> list[Prompt]:
-    """Read, render and tokenise the prompts of a data set.
+    """Read, render and tokenise the prompts of the data set that `config.path` names.
 
     Args:
         config: which data set, and how to read it.
@@ -82,26 +82,37 @@ def load_prompts(
         UserError: the data, or one row of it, is not as `config` says. With `overlong="skip"` prompts that are too long
             are left out with a logged warning; it is an error when none is left.
     """
+    return prompts_from_rows(load_rows(config.path, config.split), config, tokenizer, context_length, reserve)
+
+
+def prompts_from_rows(
+    rows: Sequence[Row],
+    config: PromptsConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int | None,
+    reserve: int,
+) -> list[Prompt]:
+    """The same from rows in memory, each a dict of columns; all else as in `load_prompts`."""
+    if not rows:
+        raise UserError("prompts: there are none; give at least one row")
+    path = config.path or "prompts"
     room = _room(config, context_length, reserve)
     if config.template is not None and config.column is not None:
         raise UserError(
             "prompts: `column` and `template` are both set, but a template names its columns itself: drop one"
         )
-    rows = load_rows(config.path, config.split)
     columns = list(rows[0])
     if config.template is not None:
-        _check_template(config.template, columns, config.path)
+        _check_template(config.template, columns, path)
         column = None
     else:
         column = _prompt_column(config, columns)
-    sources = [_source(config, row, column, f"{config.path}, row {number}") for number, row in enumerate(rows, start=1)]
+    sources = [_source(config, row, column, f"{path}, row {number}") for number, row in enumerate(rows, start=1)]
     kinds = [isinstance(source, str) for source in sources]
     if any(kinds) != all(kinds):
         odd = kinds.index(not kinds[0])
         found, first = ("text", "a list of messages") if kinds[odd] else ("a list of messages", "text")
-        raise UserError(
-            f"{config.path}, row {odd + 1}: the prompt is {found}, but that of row 1 is {first}: use one form"
-        )
+        raise UserError(f"{path}, row {odd + 1}: the prompt is {found}, but that of row 1 is {first}: use one form")
     if kinds[0]:
         if config.system is not None:
             raise UserError(
@@ -110,7 +121,7 @@ def load_prompts(
         texts = [source for source in sources if isinstance(source, str)]
         token_ids = _tokenize_text(tokenizer, texts)
     else:
-        texts = _render_chats(tokenizer, sources, config.path)
+        texts = _render_chats(tokenizer, sources, path)
         token_ids = _encode(tokenizer, texts, special_tokens=False)
     prompts = [
         Prompt(text, tuple(ids), source, row, number)
@@ -118,9 +129,7 @@ def load_prompts(
     ]
     for prompt in prompts:
         if not prompt.token_ids:
-            raise UserError(
-                f"{config.path}, row {prompt.row}: the tokenizer makes no token of the prompt {prompt.text!r}"
-            )
+            raise UserError(f"{path}, row {prompt.row}: the tokenizer makes no token of the prompt {prompt.text!r}")
     return _fitting(prompts, config, room, context_length, reserve)
 
 

@@ -31,8 +31,8 @@ class SamplingConfig:
     top_p: float | None = None
     """Draw from the fewest likeliest tokens whose probabilities sum to at least p (Holtzman et al. 2020)."""
     stop: tuple[str, ...] = ()
-    """A response ends, as if by eos, with the token that completes one of these strings; the string stays in it. Special
-    tokens are strings here, too: "<|im_end|>"."""
+    """A response ends, as if by eos, with the token that completes one of these strings; the string stays in it.
+    Special tokens are strings here, too: "<|im_end|>"."""
     batch_size: int = 256
     """Responses that are drawn at once; more take turns."""
 
@@ -117,7 +117,8 @@ class Sampler:
             # depend on when the others end
             uniforms = torch.rand(count, generator=self.generator, dtype=torch.float64)
             token, log_prob, kept = draw(logits, uniforms[active].to(logits.device), self.config)
-            tokens[active, step], log_probs[active, step], values[active, step] = token.cpu(), log_prob.cpu(), value.cpu()
+            tokens[active, step] = token.cpu()
+            log_probs[active, step], values[active, step] = log_prob.cpu(), value.cpu()
             if support is not None and kept is not None:
                 support[active, step] = kept.cpu()
             ended = self._ended(tokens, active, step) & ~terminated[active]
@@ -140,15 +141,22 @@ class Sampler:
         """(len(active),) bool: the token just drawn is an end token or completes a stop string."""
         ended = torch.isin(tokens[active, step], self.end_ids)
         if self.config.stop:
-            # a token holds at least one byte, so a stop string lies within so many last tokens
-            window = max(len(text.encode()) for text in self.config.stop)
+            # a token holds at least one byte, so a stop string lies within so many last tokens; one more keeps a
+            # tokenizer that strips the leading space of what it decodes from stripping the string's own
+            window = max(len(text.encode()) for text in self.config.stop) + 1
             tails = tokens[active, max(0, step + 1 - window) : step + 1]
             texts = self.tokenizer.batch_decode(tails, skip_special_tokens=False)  # "<|im_end|>" may be one of them
             ended |= torch.tensor([any(stop in text for stop in self.config.stop) for text in texts])
         return ended
 
     def _collect(
-        self, tokens: Tensor, log_probs: Tensor, values: Tensor, support: Tensor | None, lengths: Tensor, terminated: Tensor
+        self,
+        tokens: Tensor,
+        log_probs: Tensor,
+        values: Tensor,
+        support: Tensor | None,
+        lengths: Tensor,
+        terminated: Tensor,
     ) -> Samples:
         longest = int(lengths.max())
         mask = torch.arange(longest) < lengths[:, None]

@@ -106,6 +106,7 @@ class LanguageWorld:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The sampler's, which is the policy's."""
         return self.sampler.tokenizer
 
     def collect(self) -> Trajectories:
@@ -195,7 +196,9 @@ class LanguageWorld:
         mask, lengths = trajectories.mask, trajectories.mask.sum(dim=1).double()
         assert trajectories.reference_log_probs is not None
         kl = {
-            name: (estimate_kl(trajectories.log_probs, trajectories.reference_log_probs, name) * mask).sum(dim=1).double()
+            name: (estimate_kl(trajectories.log_probs, trajectories.reference_log_probs, name) * mask)
+            .sum(dim=1)
+            .double()
             for name in ("k1", "k3")
         }
         tokens = float(lengths.sum())
@@ -284,6 +287,7 @@ class LanguageWorld:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
         self.generator.set_state(state["generator"])
         self.sampler.generator.set_state(state["sampler"])
         self._queue = state["queue"].tolist()

@@ -1,0 +1,1 @@
+"""Where the rooms meet: what each command does, callable from Python."""

@@ -14,7 +14,13 @@ from dataclasses import dataclass, replace
 import torch
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from tether.language.policy import LanguagePolicy
 from tether.language.prompts import Prompt
@@ -90,7 +96,9 @@ def demo(config: DemoConfig) -> DemoResult:
     _fine_tune(config, model, tokenizer, seen, rng)
     before, _ = accuracy(model, tokenizer, held_out, config.seed)
     console.print(f"\n   right answers to {len(held_out)} sums that it has never seen: [bold]{before:.1%}[/bold]\n")
-    console.print("[bold]2. PPO: a verifier is the only teacher[/bold]  (+1 right, −1 wrong, −β·KL to the model above)\n")
+    console.print(
+        "[bold]2. PPO: a verifier is the only teacher[/bold]  (+1 right, −1 wrong, −β·KL to the model above)\n"
+    )
     trained = _reinforce(config, model, tokenizer, seen)
     after, kl = accuracy(model, tokenizer, held_out, config.seed, trained.world)
     seconds = time.perf_counter() - started
@@ -114,6 +122,7 @@ def split_problems(config: DemoConfig, rng: random.Random) -> tuple[list[tuple[i
 
 
 def question(problem: tuple[int, int]) -> str:
+    """The prompt of a problem."""
     return f"What is {problem[0]} + {problem[1]}?"
 
 
@@ -192,13 +201,14 @@ def _reinforce(
         advantage=AdvantageConfig(lam=1.0),
         learner=LearnerConfig(learning_rate=3e-4, value_learning_rate=3e-3, epochs=2, microbatch_tokens=16384),
     )
-    parts = Parts(model, tokenizer, as_prompts(seen, tokenizer))
+    parts = Parts(model, tokenizer, [question(problem) for problem in seen])
     columns = ("score", "reward", "kl", "entropy", "clip_fraction", "explained_variance")
     with Display(config.iterations, columns) as display:
         return train_ppo(settings, parts, report=lambda step: display.update(step.number, step.metrics))
 
 
 def as_prompts(problems: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """Problems as starts of episodes."""
     texts = [question(problem) for problem in problems]
     return [
         Prompt(text, tuple(ids), text, {"prompt": text}, row)
@@ -218,7 +228,9 @@ def accuracy(
     sampler = Sampler(LanguagePolicy(model), tokenizer, SamplingConfig(max_new_tokens=4, batch_size=1024), seed + 1)
     if world is None:
         texts = sampler.sample([p.token_ids for p in prompts]).texts
-        scores = Rewards(RewardsConfig(("arithmetic",)))([p.text for p in prompts], texts, [[] for _ in texts], {}).total
+        scores = Rewards(RewardsConfig(("arithmetic",)))(
+            [p.text for p in prompts], texts, [[] for _ in texts], {}
+        ).total
         return sum(score > 0 for score in scores) / len(scores), 0.0
     settings = replace(world.config, prompts=len(prompts))
     exam = LanguageWorld(world.policy, world.reference, sampler, prompts, world.rewards, world.kl, settings, seed)
@@ -248,8 +260,8 @@ def _show_episode(console: Console, episode: Episode) -> None:
     console.print(f'[bold]3. One episode[/bold]  the prompt "{episode.prompt}", which it has never been trained on\n')
     console.print(episode_table(episode))
     console.print(
-        f'\n   "{episode.response}" is {verdict}. Each token is an action; the score comes with the last one, −β·KL with '
-        "each.\n   V(s) is what the critic expected before the action; the advantage is what came beyond that.\n"
+        f'\n   "{episode.response}" is {verdict}. Each token is an action; the score comes with the last one, '
+        "−β·KL with each.\n   V(s) is what the critic expected before the action; the advantage is what came beyond that.\n"
     )
 
 

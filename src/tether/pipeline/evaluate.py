@@ -20,7 +20,7 @@ from tether.config import config_to_dict
 from tether.errors import UserError
 from tether.language.models import context_length
 from tether.language.prompts import PromptsConfig, load_prompts
-from tether.language.sampler import Sampler, SamplingConfig
+from tether.language.sampler import SamplingConfig
 from tether.language.world import as_completion
 from tether.pipeline.generate import Response, load_sampler, open_rows, sample_responses, write_row
 from tether.rewards import Rewards, RewardsConfig, Scores

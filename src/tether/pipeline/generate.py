@@ -78,7 +78,7 @@ class Response:
 
     def as_row(self) -> dict[str, Any]:
         """What is written of it."""
-        row = {"prompt": self.prompt.source, "response": self.text}
+        row: dict[str, Any] = {"prompt": self.prompt.source, "response": self.text}
         row |= {"terminated": self.terminated, "log_prob": self.log_prob}
         return row | {name: value for name, value in self.prompt.columns.items() if name not in row}
 
@@ -119,7 +119,7 @@ def load_sampler(
 
 
 def sample_responses(sampler: Sampler, prompts: Sequence[Prompt], samples: int) -> Iterator[list[Response]]:
-    """Responses in the order of the prompts, `samples` to each, as many prompts at once as the sampler's batch takes."""
+    """Responses in the order of the prompts, `samples` to each, as many at once as the sampler's batch takes."""
     size = max(1, sampler.config.batch_size // samples)
     for start in range(0, len(prompts), size):
         chosen = [prompt for prompt in prompts[start : start + size] for _ in range(samples)]

@@ -1,13 +1,12 @@
 """`tether ppo`: a model, prompts and a reward become a world and a learner, and the loop runs in a folder.
 
-Here the pieces meet: configuration, loading, the run's files, checkpoints, resuming, Ctrl-C. The algorithm is elsewhere.
+Here the pieces meet: configuration, loading, the run's files, checkpoints, resuming, Ctrl-C. The algorithm is not here.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import random
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-import numpy
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,12 +29,13 @@ from tether.language.models import (
     prepare_tokenizer,
 )
 from tether.language.policy import LanguagePolicy
-from tether.language.prompts import Prompt, PromptsConfig, load_prompts
+from tether.language.prompts import PromptsConfig, load_prompts, prompts_from_rows
 from tether.language.sampler import Sampler, SamplingConfig
 from tether.language.world import CollectConfig, LanguageWorld
 from tether.ppo import AdvantageConfig, KLConfig, KLController, Learner, LearnerConfig
 from tether.rewards import Rewards, RewardsConfig
 from tether.runs import Run, load_state, save_state
+from tether.runs.random_states import random_states, set_random_states
 from tether.train import Iteration, iterate
 
 
@@ -97,11 +96,18 @@ class PPOConfig:
 
 @dataclass
 class Parts:
-    """What may be handed over in memory instead of by name; None is loaded as the configuration says."""
+    """What may be handed over in memory instead of by name; None is loaded as the configuration says.
+
+    Attributes:
+        model: a causal LM; it is trained in place.
+        tokenizer: its tokenizer.
+        prompts: texts, or rows of a data set as dicts; `PPOConfig.prompts` says how to read them.
+        reward: a function in the convention of `PPOConfig.reward`.
+    """
 
     model: PreTrainedModel | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
-    prompts: Sequence[Prompt] | None = None
+    prompts: Sequence[str | dict[str, Any]] | None = None
     reward: Callable[..., Any] | None = None
 
 
@@ -115,7 +121,9 @@ class Trained:
     learner: Learner
 
 
-def build_ppo(config: PPOConfig, parts: Parts | None = None, checkpoint: Path | None = None) -> tuple[LanguageWorld, Learner]:
+def build_ppo(
+    config: PPOConfig, parts: Parts | None = None, checkpoint: Path | None = None
+) -> tuple[LanguageWorld, Learner]:
     """World and learner of a configuration, at the start of the run or where `checkpoint` left it.
 
     Args:
@@ -133,10 +141,15 @@ def build_ppo(config: PPOConfig, parts: Parts | None = None, checkpoint: Path | 
     prepare_tokenizer(tokenizer)
     base = _load(config, config.model) if parts.model is None else prepare_model(parts.model, config.device)
     check_vocabulary(base, tokenizer, config.model or "model")
-    prompts = parts.prompts
-    if prompts is None:
-        prompts = load_prompts(config.prompts, tokenizer, context_length(base), config.sampling.max_new_tokens)
-    rewards.check({name: [p.columns[name] for p in prompts] for name in prompts[0].columns}, [p.source for p in prompts])
+    room = (context_length(base), config.sampling.max_new_tokens)
+    if parts.prompts is None:
+        prompts = load_prompts(config.prompts, tokenizer, *room)
+    else:
+        rows = [{"prompt": p} if isinstance(p, str) else p for p in parts.prompts]
+        prompts = prompts_from_rows(rows, config.prompts, tokenizer, *room)
+    rewards.check(
+        {name: [p.columns[name] for p in prompts] for name in prompts[0].columns}, [p.source for p in prompts]
+    )
     reference = _load(config, config.reference) if config.reference else copy.deepcopy(base)
     model = base if checkpoint is None else _load(config, str(checkpoint / "policy"))
     policy = LanguagePolicy(model, config.separate_value_trunk)
@@ -149,7 +162,7 @@ def build_ppo(config: PPOConfig, parts: Parts | None = None, checkpoint: Path | 
         state = load_state(checkpoint, "trainer")
         world.load_state_dict(state["world"])
         learner.load_state_dict(state["learner"])
-        _set_global_random_states(state["random"])
+        set_random_states(state["random"])
     return world, learner
 
 
@@ -178,7 +191,8 @@ def train_ppo(
         world, learner = build_ppo(config, parts, found[1] if found else None)
         if resume:  # only now, since a mistake found while building must leave the folder as it was
             run.rewind(learner.iteration)
-        saved = learner.iteration
+            run.update_config(config_to_dict(config))
+        saved, newest = learner.iteration, found[1] if found else None
         boundary = _boundary(world)  # what changes while a batch is collected, as it was before
         with _Interruption() as interruption:
             try:
@@ -191,7 +205,7 @@ def train_ppo(
                     boundary = _boundary(world)
                     due = iteration.number % config.checkpoint_every == 0 or iteration.number == config.iterations
                     if due or interruption.wanted:
-                        _save(run, world, learner, boundary)
+                        newest = _save(run, world, learner, boundary)
                         saved = iteration.number
                     if report is not None:
                         report(iteration)
@@ -203,9 +217,8 @@ def train_ppo(
                 if not learner.updating and learner.iteration > saved:
                     _save(run, world, learner, boundary)
                 raise
-        newest = run.latest_checkpoint()
         assert newest is not None  # the last iteration has one, and so has an interrupted run
-        return Trained(folder, newest[1] / "policy", world, learner)
+        return Trained(folder, newest / "policy", world, learner)
 
 
 @contextmanager
@@ -223,15 +236,15 @@ def _opened(config: PPOConfig, folder: Path, resume: bool) -> Iterator[Run]:
 
 
 def _boundary(world: LanguageWorld) -> dict[str, Any]:
-    return {"world": world.state_dict(), "random": _global_random_states()}
+    return {"world": world.state_dict(), "random": random_states()}
 
 
-def _save(run: Run, world: LanguageWorld, learner: Learner, boundary: dict[str, Any]) -> None:
+def _save(run: Run, world: LanguageWorld, learner: Learner, boundary: dict[str, Any]) -> Path:
     def write(folder: Path) -> None:
         world.save_policy(folder)
         save_state(folder, "trainer", boundary | {"learner": learner.state_dict()})
 
-    run.save_checkpoint(learner.iteration, write)
+    return run.save_checkpoint(learner.iteration, write)
 
 
 def _keep_responses(folder: Path, iteration: int, error: BaseException) -> None:
@@ -240,25 +253,6 @@ def _keep_responses(folder: Path, iteration: int, error: BaseException) -> None:
     if responses:
         lines = [json.dumps({"iteration": iteration, **response}, ensure_ascii=False) for response in responses]
         (folder / "unscored.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _global_random_states() -> dict[str, Any]:
-    """Of the generators that a reward function may use; Tether's own are in the world and the learner."""
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
-    return {
-        "torch": torch.get_rng_state(),
-        "python": [version, list(internal), gauss],
-        "numpy": [str(name), torch.from_numpy(keys.astype("int64")), int(position), int(has_gauss), float(cached)],
-    }
-
-
-def _set_global_random_states(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
 
 
 class _Interruption:

@@ -76,6 +76,9 @@ def tokenize_rows(
     """Tokenize rows; only responses are targets (in `text` rows everything is), the eos that ends them included.
 
     Args:
+        rows: dicts from column to value.
+        tokenizer: the model's.
+        row_format: which columns to read, and how.
         max_tokens: longest sample, eos included.
         overlong: what to do with a longer one. `truncate` cuts its end off, so that it does not learn eos.
         origin: the rows' name in messages, such as their file.
@@ -112,7 +115,7 @@ def _detect(row: Row, row_format: RowFormat, origin: str) -> str:
     expected = f"`{row_format.prompt_column}` and `{row_format.completion_column}`, `{row_format.messages_column}` or "
     raise UserError(
         f"{origin}, row 1: found the columns {', '.join(sorted(row)) or 'none'}, expected {expected}"
-        f"`{row_format.text_column}`: name yours by the column options"
+        f"`{row_format.text_column}`: name yours, as in `--rows.prompt-column question --rows.completion-column answer`"
     )
 
 
@@ -127,11 +130,13 @@ def _check_columns(rows: Sequence[Row], columns: Sequence[str], origin: str) -> 
 # ---- text ----
 
 
-def encode_text(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, special_tokens: bool = True) -> list[list[int]]:
+def encode_text(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, special_tokens: bool = True
+) -> list[list[int]]:
     """Token ids as generation reads them: with the tokenizer's bos if it has that habit, never with its eos."""
-    encoded = tokenizer(
-        list(texts), add_special_tokens=special_tokens, return_attention_mask=False, verbose=False
-    )["input_ids"]
+    encoded = tokenizer(list(texts), add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)[
+        "input_ids"
+    ]
     eos = tokenizer.eos_token
     # Some tokenizers close every text with eos; one that the text itself ends with stays.
     return [
@@ -174,8 +179,9 @@ def _prompt_samples(
         else:
             prompt = _fill_template(row_format.template, row, place)
         if row_format.chat:
-            prompt = [{"role": "user", "content": _require_text(prompt, row_format.prompt_column, place)}]
-            completion = [{"role": "assistant", "content": _require_text(completion, row_format.completion_column, place)}]
+            asked = _require_text(prompt, row_format.prompt_column, place)
+            answered = _require_text(completion, row_format.completion_column, place)
+            prompt, completion = [{"role": "user", "content": asked}], [{"role": "assistant", "content": answered}]
         if isinstance(prompt, str) and isinstance(completion, str):
             if row_format.system is not None:
                 raise UserError(f"{place}: `system` needs chat, found a text prompt: set `chat`")
@@ -185,7 +191,7 @@ def _prompt_samples(
         if isinstance(prompt, str) or isinstance(completion, str):
             raise UserError(
                 f"{place}: `{row_format.prompt_column}` holds {type(prompt).__name__} and "
-                f"`{row_format.completion_column}` {type(completion).__name__}, expected two texts or two lists of messages"
+                f"`{row_format.completion_column}` {type(completion).__name__}, expected two texts or two message lists"
             )
         before = _messages(prompt, row_format, f"{place}, column `{row_format.prompt_column}`")
         after = _check_messages(completion, f"{place}, column `{row_format.completion_column}`")
@@ -281,7 +287,7 @@ def render_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizer
 
 def _require_chat_template(tokenizer: PreTrainedTokenizerBase, place: str) -> None:
     if not tokenizer.chat_template:
-        raise UserError(f"{place}: messages need a chat template and the tokenizer has none: set one, or use plain text")
+        raise UserError(f"{place}: messages need a chat template; the tokenizer has none: use plain text, or set one")
 
 
 def _render(

@@ -2,32 +2,29 @@
 
 Cross-entropy on response tokens only, eos included. The optimizer's batch is a set of samples; how they are packed into
 rows and cut into microbatches changes speed and memory, never the gradient. Knows nothing of rewards.
-
-B = rows of a microbatch, L = tokens of its longest row, K = columns that some row learns from, V = vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tether.config import config_to_dict
 from tether.errors import UserError
+from tether.language.cross_entropy import Passes, accumulate_gradients, checkpointed_layers, mean_loss
 from tether.language.models import check_vocabulary, context_length, load_causal_lm, load_tokenizer, prepare_tokenizer
-from tether.language.packing import Rows, TokenizedSamples, check_packing, lay_out
+from tether.language.packing import TokenizedSamples, check_packing
 from tether.language.rows import load_rows
 from tether.pipeline.samples import Row, RowFormat, tokenize_rows
 from tether.ppo.learner import schedule_factor
@@ -63,12 +60,12 @@ class SFTConfig:
     eval_fraction: float = 0.0
     """Share of `data` that is held out instead, drawn at random by `seed`."""
     eval_every: int = 0
-    """Optimizer steps between held-out losses; they are always taken before the first step and after the last. 0: only then."""
+    """Optimizer steps between held-out losses. 0: only before the first step and after the last, as always."""
     rows: RowFormat = field(default_factory=RowFormat)
     max_tokens: int | None = None
-    """Longest sample in tokens, eos included, and length of a packed row. None: the model's context, at most 2048."""
+    """Longest sample in tokens, eos included. None: the model's context, at most 2048."""
     overlong: Literal["error", "skip", "truncate"] = "error"
-    """What happens to a longer sample: stop with an error, leave it out, or cut off its end. The counts are reported."""
+    """What happens to a longer sample: stop with an error, leave it out, or cut off its end; how many is reported."""
     packing: bool = True
     """Let short samples share a row without seeing each other. Faster, with the same gradients."""
     epochs: int = 1
@@ -131,7 +128,7 @@ class SFTConfig:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """What came of a fine-tuning: optimizer steps, the last batch's loss and the held-out loss (nats per target token)."""
+    """What came of it: optimizer steps, and the loss of the last batch and of what is held out, in nats per token."""
 
     steps: int
     loss: float
@@ -155,6 +152,7 @@ def sft(config: SFTConfig, report: Report | None = None, show: bool = False) -> 
     Ctrl-C and a diverged step save the model as it stands before the exception goes on up.
 
     Args:
+        config: see `SFTConfig`.
         report: see `fine_tune`.
         show: print progress.
 
@@ -214,7 +212,9 @@ def fine_tune(
 
     Args:
         model: on its device; comes back in evaluation mode. Dropout is off, as in PPO.
+        tokenizer: the model's; pads with eos from now on if it has no pad token.
         rows: dicts with `prompt` and `completion`, `messages`, or `text`.
+        config: see `SFTConfig`.
         report: called before the first step (step 0: counts of the data, held-out loss) and after each step with its
             metrics: step, epoch, loss, learning_rate, gradient_norm, tokens, target_tokens,
             time/tokens_per_second, and eval_loss where it was taken. Losses are in nats per target token.
@@ -253,8 +253,6 @@ def _prepare(
     check_vocabulary(model, tokenizer, names[0])
     if config.packing:
         check_packing(model)
-    if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
-        raise UserError(f"{type(model).__name__} has no gradient checkpointing: set `gradient_checkpointing` to False")
     longest = _longest_sample(model, config)
     tokenized = tokenize_rows(rows, tokenizer, config.rows, longest, config.overlong, names[1])
     train, skipped, truncated = tokenized.samples, tokenized.skipped, tokenized.truncated
@@ -266,7 +264,7 @@ def _prepare(
     elif config.eval_fraction:
         count = max(1, round(config.eval_fraction * len(train)))
         if count >= len(train):
-            raise UserError(f"{names[1]}: eval_fraction {config.eval_fraction} of {len(train)} rows leaves none to learn")
+            raise UserError(f"{names[1]}: eval_fraction {config.eval_fraction} leaves none of its {len(train)} rows")
         order = np.random.default_rng([config.seed, 1]).permutation(len(train))
         train, held_out = train.select(np.sort(order[count:])), train.select(np.sort(order[:count]))
     return _Data(train, held_out, skipped, truncated)
@@ -286,31 +284,31 @@ def _train(
 ) -> FineTuning:
     steps = len(batches)
     optimizer = _optimizer(model, config)
-    loss = math.nan
-    with _training_mode(model, config):
-        eval_loss = _held_out_loss(model, data, config)
-        report(_known(_counts(data) | {"step": 0.0}, eval_loss))
-        for step, (epoch, chosen) in enumerate(batches, 1):
-            started = time.perf_counter()
-            rate = config.learning_rate * schedule_factor(step - 1, steps, config.warmup_steps, config.schedule)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            targets = int(data.train.target_counts[chosen].sum())
-            loss = accumulate_gradients(model, data.train, chosen, config)
-            norm = _update(model, optimizer, config, step)
-            tokens = float(data.train.lengths[chosen].sum())
-            metrics = {"step": float(step), "epoch": epoch, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
-            metrics |= {"tokens": tokens, "target_tokens": float(targets)}
-            metrics["time/tokens_per_second"] = tokens / (time.perf_counter() - started)
-            if step == steps or (config.eval_every and step % config.eval_every == 0):
-                eval_loss = _held_out_loss(model, data, config)
-                metrics = _known(metrics, eval_loss)
-            report(metrics)
+    passes = Passes(config.packing, config.microbatch_tokens, config.autocast)
+    loss, eval_loss = math.nan, None
+    model.eval()
+    first = _counts(data) | {"step": 0.0}
+    if data.held_out is not None:
+        first["eval_loss"] = mean_loss(model, data.held_out, config.batch_size, passes)
+    report(first)
+    for step, (epoch, chosen) in enumerate(batches, 1):
+        started = time.perf_counter()
+        rate = config.learning_rate * schedule_factor(step - 1, steps, config.warmup_steps, config.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with checkpointed_layers(model) if config.gradient_checkpointing else nullcontext():
+            loss = accumulate_gradients(model, data.train, chosen, passes)
+        norm = _update(model, optimizer, config, step)
+        tokens = float(data.train.lengths[chosen].sum())
+        metrics = {"step": float(step), "epoch": epoch, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
+        metrics |= {"tokens": tokens, "target_tokens": float(data.train.target_counts[chosen].sum())}
+        metrics["time/tokens_per_second"] = tokens / (time.perf_counter() - started)
+        due = step == steps or (config.eval_every > 0 and step % config.eval_every == 0)
+        if due and data.held_out is not None:
+            eval_loss = mean_loss(model, data.held_out, config.batch_size, passes)
+            metrics["eval_loss"] = eval_loss
+        report(metrics)
     return FineTuning(steps, loss, eval_loss)
-
-
-def _known(metrics: dict[str, float], eval_loss: float | None) -> dict[str, float]:
-    return metrics if eval_loss is None else metrics | {"eval_loss": eval_loss}
 
 
 def _counts(data: _Data) -> dict[str, float]:
@@ -349,25 +347,13 @@ def _optimizer(model: PreTrainedModel, config: SFTConfig) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW([g for g in groups if g["params"]], config.learning_rate, betas, config.adam_epsilon, fused=True)
-
-
-def accumulate_gradients(
-    model: PreTrainedModel, samples: TokenizedSamples, chosen: np.ndarray, config: SFTConfig
-) -> float:
-    """Leave in `.grad` the gradient of the batch's loss, the sum over target tokens divided by their number; returns it.
-
-    The gradient is the same for any packing and any `microbatch_tokens`.
-    """
-    model.zero_grad(set_to_none=True)
-    targets = int(samples.target_counts[chosen].sum())
-    total = torch.zeros((), device=model.device)
-    for rows in lay_out(samples, chosen, config.packing, config.microbatch_tokens):
-        loss = _summed_loss(model, rows, config) / targets
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
-    return float(total)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=True,
+    )
 
 
 def _update(model: PreTrainedModel, optimizer: torch.optim.AdamW, config: SFTConfig, step: int) -> float:
@@ -375,57 +361,6 @@ def _update(model: PreTrainedModel, optimizer: torch.optim.AdamW, config: SFTCon
     trained = [p for p in model.parameters() if p.requires_grad]
     norm = float(nn.utils.clip_grad_norm_(trained, config.max_gradient_norm or math.inf))
     if not math.isfinite(norm):
-        raise FloatingPointError(f"the gradient's norm is {norm} at step {step}: lower learning_rate, raise warmup_steps")
+        raise FloatingPointError(f"the gradient's norm is {norm} at step {step}: lower learning_rate")
     optimizer.step()
     return norm
-
-
-@torch.no_grad()
-def _held_out_loss(model: PreTrainedModel, data: _Data, config: SFTConfig) -> float | None:
-    """Nats per target token over all held-out samples."""
-    samples = data.held_out
-    if samples is None:
-        return None
-    total = 0.0
-    for start in range(0, len(samples), config.batch_size):
-        chosen = np.arange(start, min(start + config.batch_size, len(samples)))
-        for rows in lay_out(samples, chosen, config.packing, config.microbatch_tokens):
-            total += float(_summed_loss(model, rows, config))
-    return total / int(samples.is_target.sum())
-
-
-def _summed_loss(model: PreTrainedModel, rows: Rows, config: SFTConfig) -> Tensor:
-    """Cross-entropy summed over the rows' target tokens, in float32."""
-    device = model.device
-    predicted = rows.is_target[:, 1:]  # (B, L - 1): column t predicts token t + 1
-    columns = predicted.any(dim=0).nonzero().squeeze(-1)  # (K,)
-    learned = predicted[:, columns]  # (B, K)
-    labels = rows.token_ids[:, 1:][:, columns][learned].to(device)
-    inputs = {"input_ids": rows.token_ids.to(device)}
-    if rows.packed:
-        # Without a cache and an attention mask, transformers reads where samples begin from the positions.
-        inputs["position_ids"] = rows.position_ids.to(device)
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    options = {"logits_to_keep": columns.to(device)} if keeps else {}
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
-        logits = model(**inputs, **options, use_cache=False).logits  # (B, K, V)
-    logits = logits if keeps else logits[:, columns.to(device)]
-    return nn.functional.cross_entropy(logits[learned.to(device)].float(), labels, reduction="sum")
-
-
-@contextmanager
-def _training_mode(model: PreTrainedModel, config: SFTConfig) -> Iterator[None]:
-    """Evaluation mode, which has no dropout, with gradient checkpointing by option."""
-    model.eval()
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        for module in model.modules():
-            # A layer checkpoints in training mode only; its submodules, dropout among them, stay as they are.
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = True
-    try:
-        yield
-    finally:
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
-        model.eval()

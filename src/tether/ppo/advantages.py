@@ -37,11 +37,12 @@ class AdvantageConfig:
 
     @property
     def uses_critic(self) -> bool:
+        """Whether values are needed and trained."""
         return self.estimator == "gae"
 
 
 def estimate(trajectories: Trajectories, config: AdvantageConfig) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, both (N, T), 0 where the mask is False. Returns are the critic's targets, never whitened."""
+    """Advantages and returns, (N, T), 0 where the mask is False. Returns, the critic's targets, are never whitened."""
     if config.uses_critic:
         advantages, returns = gae(trajectories, config.gamma, config.lam)
     else:
@@ -115,6 +116,6 @@ def whiten(values: Tensor, mask: Tensor, epsilon: float = 1e-8) -> Tensor:
 
 
 def scale_and_clip(scores: Tensor, scale: float, clip: float | None) -> Tensor:
-    """scores · scale, then clipped to ±clip where one is given. Any shape."""
+    """Multiply scores by `scale`, then clip them to ±`clip` where one is given. Any shape."""
     scaled = scores * scale
     return scaled if clip is None else scaled.clamp(-clip, clip)

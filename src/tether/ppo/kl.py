@@ -21,7 +21,7 @@ class KLConfig:
     """The price of leaving the reference."""
 
     beta: float = 0.05
-    """β in E[r] − β·KL(π‖π_ref), reward units per nat. With `target` set, its first value. 0.05: Stiennon et al. 2020."""
+    """β in E[r] − β·KL(π‖π_ref), reward units per nat; with `target`, where β starts. 0.05: Stiennon et al. 2020."""
     placement: Literal["reward", "loss"] = "reward"
     """reward: −β·k1 is part of each step's reward, so that the critic foresees it. loss: a term of the loss."""
     loss_estimator: Estimator = "k2"
@@ -80,7 +80,9 @@ class KLController:
         self.beta *= 1.0 + error * episodes / self.config.horizon
 
     def state_dict(self) -> dict[str, Any]:
+        """Where β stands."""
         return {"beta": self.beta}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
         self.beta = float(state["beta"])

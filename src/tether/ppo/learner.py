@@ -184,7 +184,7 @@ class Learner:
             # only what the mask holds is summed: 0 · nan would still be nan
             mask, weight = micro.mask, weights[part, :steps][micro.mask]
             weighted = {name: (loss[mask] * weight).sum() for name, loss in losses.items()}
-            weighted["loss"].backward()  # type: ignore[no-untyped-call]
+            weighted["loss"].backward()
             for name, value in weighted.items():
                 sums[name] = sums.get(name, torch.zeros_like(value.detach())) + value.detach()
         sum_gradients(self._parameters())
@@ -249,9 +249,7 @@ class Learner:
         return self._policy_parameters + self._value_parameters
 
     def _set_learning_rates(self) -> dict[str, float]:
-        factor = schedule_factor(
-            self.iteration, self.iterations, self.config.warmup_iterations, self.config.schedule
-        )
+        factor = schedule_factor(self.iteration, self.iterations, self.config.warmup_iterations, self.config.schedule)
         value_rate = self.config.value_learning_rate
         rates = {"learning_rate": self.config.learning_rate * factor}
         rates["value_learning_rate"] = rates["learning_rate"] if value_rate is None else value_rate * factor

@@ -111,6 +111,11 @@ class Run:
             raise UserError(f"{folder}: cannot be written to: {error.strerror}") from None
         return cls(folder, config, lock, keep=keep, tensorboard=tensorboard)
 
+    def update_config(self, config: Mapping[str, Any]) -> None:
+        """Replace config.yaml, for a run that goes on with some fields changed."""
+        _replace(self.folder / CONFIG_FILE, dump_yaml(config).encode())
+        self.config = dict(config)
+
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Append a line to metrics.jsonl and the same to TensorBoard, where names without a `/` get `train/`.
 
