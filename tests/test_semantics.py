@@ -384,7 +384,7 @@ def test_point_4_bootstrap_when_asked_for_is_the_critics_value_of_the_successor(
             hidden = trunk(input_ids=torch.tensor([prompt + response])).last_hidden_state[0]
         else:
             _, hidden = plain_forward(world.policy.model, prompt + response)
-        expected = float(world.policy.values_of(hidden[-1]))
+        expected = float(world.policy.values_of(hidden[-1]).detach())
         assert float(batch.bootstrap_values[row, t]) == pytest.approx(expected, abs=1e-5)
         assert int((batch.bootstrap_values[row] != 0).sum()) == 1
         delta = float(batch.rewards[row, t]) + 0.9 * expected - float(batch.values[row, t])
@@ -791,7 +791,7 @@ def test_point_8_gradient_clipping_scales_to_the_norm() -> None:
 
 def start_run(seed: int, iterations: int = 2) -> tuple[LanguageWorld, Learner]:
     sampling = SamplingConfig(max_new_tokens=6, temperature=0.9, top_p=0.95)
-    world = make_world("llama", sampling, KLConfig(beta=0.1, target=1.0, horizon=50), seed=3)
+    world = make_world("llama", sampling, KLConfig(beta=0.1, target=1.0, horizon=50), CollectConfig(4, 2), seed=3)
     world.generator.manual_seed(seed)
     world.sampler.generator.manual_seed(seed)
     config = LearnerConfig(epochs=2, minibatches=3, learning_rate=1e-3, microbatch_tokens=64, schedule="linear")

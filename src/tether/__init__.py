@@ -45,7 +45,41 @@ _HOMES = {
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = list(_HOME_OF)  # noqa: PLE0605
+__all__ = [
+    "AdvantageConfig",
+    "CollectConfig",
+    "Episode",
+    "EvalConfig",
+    "Iteration",
+    "KLConfig",
+    "LanguagePolicy",
+    "LanguageWorld",
+    "Learner",
+    "LearnerConfig",
+    "PPOConfig",
+    "Parts",
+    "PromptsConfig",
+    "RewardError",
+    "Rewards",
+    "RewardsConfig",
+    "SFTConfig",
+    "Sampler",
+    "SamplingConfig",
+    "TokenEnv",
+    "Trained",
+    "Trajectories",
+    "UserError",
+    "World",
+    "build_ppo",
+    "check_reward",
+    "evaluate",
+    "fine_tune",
+    "iterate",
+    "read_episodes",
+    "read_metrics",
+    "sft",
+    "train_ppo",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -176,7 +176,7 @@ def _fine_tune(
     settings = SFTConfig(
         learning_rate=2e-3, batch_size=batch, warmup_steps=30, seed=config.seed, microbatch_tokens=16384
     )
-    with Display(config.sft_steps, ("loss", "tokens_per_second"), unit="step") as display:
+    with Display(config.sft_steps, ("loss", "time/tokens_per_second"), unit="step") as display:
 
         def report(metrics: dict[str, float]) -> None:
             if metrics["step"] % 100 == 0 and metrics["step"]:
@@ -260,8 +260,8 @@ def _show_episode(console: Console, episode: Episode) -> None:
     console.print(f'[bold]3. One episode[/bold]  the prompt "{episode.prompt}", which it has never been trained on\n')
     console.print(episode_table(episode))
     console.print(
-        f'\n   "{episode.response}" is {verdict}. Each token is an action; the score comes with the last one, '
-        "−β·KL with each.\n   V(s) is what the critic expected before the action; the advantage is what came beyond that.\n"
+        f'\n   "{episode.response}" is {verdict}. Each token is an action; the score comes with the last, −β·KL with\n'
+        "   each. V(s) is what the critic expected before the action; the advantage is what came beyond that.\n"
     )
 
 

@@ -134,15 +134,15 @@ def encode_text(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, special_tokens: bool = True
 ) -> list[list[int]]:
     """Token ids as generation reads them: with the tokenizer's bos if it has that habit, never with its eos."""
-    encoded = tokenizer(list(texts), add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
-    eos = tokenizer.eos_token
+    distinct = list(dict.fromkeys(texts))  # questions that come again and again are tokenized once
+    encoded = tokenizer(distinct, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)
+    eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id
     # Some tokenizers close every text with eos; one that the text itself ends with stays.
-    return [
-        ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(eos) else ids
-        for ids, text in zip(encoded, texts, strict=True)
-    ]
+    token_ids = {
+        text: ids[:-1] if ids and ids[-1] == eos_id and not text.endswith(eos) else ids
+        for text, ids in zip(distinct, encoded["input_ids"], strict=True)
+    }
+    return [token_ids[text] for text in texts]
 
 
 def _require_text(value: Any, column: str, place: str) -> str:
@@ -156,12 +156,13 @@ def _text_samples(
 ) -> list[_Sample]:
     column = row_format.text_column
     texts = [_require_text(row[column], column, place) for place, row in _places(rows, origin)]
-    encoded = [_with_eos(ids, tokenizer) for ids in encode_text(texts, tokenizer)]
+    eos = tokenizer.eos_token_id
+    encoded = [_with_eos(ids, eos) for ids in encode_text(texts, tokenizer)]
     return [_Sample(ids, [True] * len(ids)) for ids in encoded]
 
 
-def _with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+def _with_eos(ids: list[int], eos: int) -> list[int]:
+    return ids if ids and ids[-1] == eos else [*ids, eos]
 
 
 # ---- prompt and completion ----
@@ -215,9 +216,9 @@ def _join(prompts: Sequence[str], completions: Sequence[str], tokenizer: PreTrai
         alone = encode_text([completions[i] for i in merged], tokenizer, special_tokens=False)
         for i, ids in zip(merged, alone, strict=True):
             joint_ids[i] = prompt_ids[i] + ids
-    samples = []
+    samples, eos = [], tokenizer.eos_token_id
     for before, ids in zip(prompt_ids, joint_ids, strict=True):
-        whole = _with_eos(ids, tokenizer) if len(ids) > len(before) else [*ids, tokenizer.eos_token_id]
+        whole = _with_eos(ids, eos) if len(ids) > len(before) else [*ids, eos]
         samples.append(_Sample(whole, [False] * len(before) + [True] * (len(whole) - len(before))))
     return samples
 
