@@ -20,14 +20,15 @@ from rich.table import Table
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from tether.language.enumerable import CriticError, EnumerableWorld, ExactEvaluation, Optimum
+from tether.language.models import prepare_model
 from tether.language.policy import LanguagePolicy, TokenContext
 from tether.language.prompts import Prompt
 from tether.language.sampler import Sampler, SamplingConfig
@@ -140,20 +141,22 @@ def _tokenizer() -> PreTrainedTokenizerBase:
 
 
 def _model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Weights ten times as wide as usual, so that the reference prefers some responses strongly."""
-    config = LlamaConfig(
+    """A GPT-2 of a hundred thousand parameters; its learned positions can tell apart every state of the world.
+
+    Weights are drawn wider than usual, so that the reference prefers some responses to others.
+    """
+    config = GPT2Config(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=16,
-        initializer_range=0.2,
+        n_positions=16,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        initializer_range=0.05,
+        tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return LlamaForCausalLM(config)
+    return prepare_model(GPT2LMHeadModel(config))
 
 
 def _build(
