@@ -91,6 +91,7 @@ def _ppo(arguments: list[str]) -> int:
     from tether.pipeline.ppo import PPOConfig, train_ppo
     from tether.runs import Display
 
+    arguments = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--resume=") else [word])]
     resume = "--resume" in arguments
     if resume:
         place = arguments.index("--resume")
@@ -103,7 +104,11 @@ def _ppo(arguments: list[str]) -> int:
             raise UserError(f"{folder}: holds no run to resume (no config.yaml)")
         rest = arguments[:place] + arguments[place + 2 :]
         arguments = ["--config", str(Path(folder) / "config.yaml"), "--output", folder, *rest]
-    config = load_config(PPOConfig, arguments, "tether ppo", "PPO on a language model, prompts and a reward.")
+    description = (
+        "PPO on a language model, prompts and a reward. With `--resume FOLDER` a run that was stopped goes on with the "
+        "configuration in its folder; flags may change fields, such as --iterations."
+    )
+    config = load_config(PPOConfig, arguments, "tether ppo", description)
     columns = (
         "score",
         "reward",

@@ -306,7 +306,9 @@ def _flag_error(cls: Any, args: Sequence[str], complaint: str) -> str:
 def _unknown_flag(cls: Any, args: Sequence[str], token: str) -> str:
     hints = _flags(cls)
     if not token.startswith("-"):
-        previous = args[list(args).index(token) - 1] if list(args).index(token) else ""
+        # of several equal words, the one that is no flag's value
+        before = [args[place - 1] if place else "" for place, word in enumerate(args) if word == token]
+        previous = next((word for word in before if hints.get(word.replace("_", "-"), bool) is bool), before[0])
         if hints.get(previous.replace("_", "-")) is bool:
             section, _, name = previous.rpartition(".")
             off = f"{section}.no-{name}" if section else f"--no-{name.removeprefix('--')}"

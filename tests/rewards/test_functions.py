@@ -18,7 +18,7 @@ import torch
 from tether.errors import RewardError, UserError
 from tether.rewards import Rewards, RewardsConfig, check_reward
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "rewards"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def score(function: str | Callable[..., Any], n: int = 2, timeout: float = 30, **columns: list[Any]) -> list[float]:

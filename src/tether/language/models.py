@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tether.errors import UserError
 
@@ -28,13 +29,16 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     Raises:
         UserError: there is no such folder, no tokenizer in it, or it has no eos token.
     """
-    _check_folder(path, needs="config.json")
+    _check_folder(path)
+    _check_config(path, trust_remote_code)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever its parsers raise
         raise UserError(
-            f"{path}: no tokenizer could be loaded ({_first_line(error)}); save one beside the model"
+            f"{path}: no tokenizer could be loaded ({_one_line(error)}); save one beside the model"
         ) from error
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):  # what transformers makes of no file at all
+        raise UserError(f"{path}: the folder has no tokenizer; save one beside the model")
     return prepare_tokenizer(tokenizer, path)
 
 
@@ -57,9 +61,12 @@ def load_causal_lm(
     """A causal LM in evaluation mode (dropout off), every parameter in memory of its own.
 
     Raises:
-        UserError: no such folder, an unreadable configuration, missing or broken weights.
+        UserError: no such folder, an unreadable configuration, missing or broken weights, an unknown device.
     """
-    _check_folder(path, needs="config.json")
+    _check_folder(path)
+    _check_config(path, trust_remote_code)
+    _check_weight_files(path)
+    _check_device(device)
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     try:
@@ -68,18 +75,25 @@ def load_causal_lm(
             dtype=DTYPES[dtype],
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below, by name
             trust_remote_code=trust_remote_code,
         )
     except Exception as error:  # transformers and safetensors raise whatever their parsers raise
-        raise UserError(f"{path}: no causal language model could be loaded ({_first_line(error)})") from error
+        raise UserError(f"{path}: no causal language model could be loaded ({_one_line(error)})") from error
     missing = sorted(loading["missing_keys"])
-    mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in loading["mismatched_keys"])
+    mismatched = sorted(loading["mismatched_keys"])  # (name, shape in the file, shape of the configuration)
     if missing or mismatched:
+        found = [f"{len(missing)} tensors missing ({missing[0]})"] if missing else []
+        if mismatched:
+            name, found_shape, expected_shape = mismatched[0]
+            shapes = f"{name}: {tuple(found_shape)}, expected {tuple(expected_shape)}"
+            found.append(f"{len(mismatched)} tensors of another shape ({shapes})")
         raise UserError(
-            f"{path}: the weights do not fit the configuration: {len(missing)} tensors missing"
-            f"{' (' + missing[0] + ', …)' if missing else ''}, {len(mismatched)} of another shape"
-            f"{' (' + mismatched[0] + ', …)' if mismatched else ''}; save the model again with save_pretrained"
+            f"{path}: the weights do not fit config.json: {', '.join(found)}; save the model again with save_pretrained"
         )
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise UserError(f"{path}: the weights hold NaN or infinity: {name}, read as {dtype}; train the model again")
     return prepare_model(model, device)
 
 
@@ -134,22 +148,76 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     )
 
 
-def _check_folder(path: str, needs: str) -> None:
-    """A local folder must hold `needs`; anything else must look like a hub name."""
+def _check_folder(path: str) -> None:
+    """A local folder must hold a readable config.json; anything else must look like a hub name."""
     if not path:
         raise UserError("no model was given; name a folder or a hub name with --model")
     folder = Path(path)
     if folder.is_dir():
-        if not (folder / needs).is_file():
-            raise UserError(f"{path}: the folder has no {needs}; expected a model saved with save_pretrained")
+        file = folder / "config.json"
+        if not file.is_file():
+            raise UserError(f"{path}: the folder has no config.json; expected a model saved with save_pretrained")
         try:
-            json.loads((folder / needs).read_text(encoding="utf-8"))
+            config = json.loads(file.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"{path}/{needs}: not valid JSON ({_first_line(error)})") from error
-    elif folder.exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1:
+            raise UserError(f"{file}: not valid JSON ({_one_line(error)})") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{file}: holds a {type(config).__name__}, expected an object")
+    elif folder.exists():
+        raise UserError(f"{path}: a file; expected a model folder or a hub name like owner/model")
+    elif path.startswith(("/", ".", "~")) or path.endswith("/") or path.count("/") > 1:
         raise UserError(f"{path}: no such folder; expected a model folder or a hub name like owner/model")
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+def _check_config(path: str, trust_remote_code: bool) -> None:
+    """The architecture must be one that transformers knows, and that writes text."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises whatever its parsers raise
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{path}: the model needs Python code that comes with it, which is not run unless asked for; "
+                "read that code, and add --trust-remote-code if you trust it"
+            ) from error
+        if not Path(path).is_dir():
+            raise UserError(
+                f"{path}: no such folder, and no model of this name could be loaded from the hub ({_one_line(error)})"
+            ) from error
+        raise UserError(f"{path}/config.json: no model that transformers knows ({_one_line(error)})") from error
+    custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not custom and type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(f"{path}: a model of type {config.model_type!r}; expected a causal language model")
+
+
+def _check_weight_files(path: str) -> None:
+    """A local folder must hold safetensors that are whole: those of pickles are never read."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        if pickles:
+            raise UserError(
+                f"{path}: the weights are a pickle ({pickles[0]}), which can run code when it is read; expected "
+                "model.safetensors: save the model again with a current transformers"
+            )
+        raise UserError(f"{path}: the folder has no model.safetensors; expected a model saved with save_pretrained")
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: damaged or cut short ({_one_line(error)}); copy or download it again") from error
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # the last: meta, which holds no numbers
+        raise UserError(f"device is {device!r}, which torch cannot use here ({_one_line(error)})") from error
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

@@ -7,6 +7,7 @@ N = episodes, T = response tokens of the longest.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,6 +51,9 @@ class CollectConfig:
         for name in ("prompts", "samples_per_prompt"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        for name in ("missing_eos_penalty", "score_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a finite number")
         if self.score_clip is not None and not self.score_clip > 0:
             raise ValueError(f"score_clip is {self.score_clip}, expected a number above 0, or none")
 

@@ -15,13 +15,14 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
+from tether.language.models import prepare_model
 from tether.language.policy import LanguagePolicy
 from tether.language.prompts import Prompt
 from tether.language.sampler import Sampler, SamplingConfig
@@ -47,11 +48,11 @@ class DemoConfig:
     """Folder of the run; the demo of an earlier time there is replaced."""
     largest: int = 29
     """The numbers to add go from 0 to this."""
-    held_out: float = 0.2
+    held_out: float = 0.1
     """Share of the problems that neither phase of training sees."""
     wrong: float = 0.45
     """Share of the answers that are wrong in the text for fine-tuning."""
-    sft_steps: int = 500
+    sft_steps: int = 600
     """Optimizer steps of fine-tuning."""
     iterations: int = 60
     """Iterations of PPO."""
@@ -140,22 +141,19 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def make_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A Llama of half a million parameters, its weights drawn from torch's global generator."""
-    width = 128
-    config = LlamaConfig(
+    """A GPT-2 of a quarter of a million parameters, its weights drawn from torch's global generator."""
+    config = GPT2Config(
         vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
+        n_positions=32,
+        n_embd=96,
+        n_layer=2,
+        n_head=4,
+        initializer_range=0.05,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
+    return prepare_model(GPT2LMHeadModel(config))
 
 
 def _fine_tune(
@@ -165,16 +163,21 @@ def _fine_tune(
     seen: list[tuple[int, int]],
     rng: random.Random,
 ) -> None:
-    batch = 256
+    batch = 128
     rows = []
     for _ in range(config.sft_steps * batch):
         problem = rng.choice(seen)
         answer = sum(problem)
         if rng.random() < config.wrong:
-            answer = rng.choice([n for n in range(max(0, answer - 10), answer + 11) if n != answer])
+            answer = rng.choice([n for n in range(max(0, answer - 2), answer + 3) if n != answer])
         rows.append({"prompt": question(problem), "completion": str(answer)})
     settings = SFTConfig(
-        learning_rate=2e-3, batch_size=batch, warmup_steps=30, seed=config.seed, microbatch_tokens=16384
+        learning_rate=2e-3,
+        adam_beta2=0.98,
+        batch_size=batch,
+        warmup_steps=30,
+        seed=config.seed,
+        microbatch_tokens=16384,
     )
     with Display(config.sft_steps, ("loss", "time/tokens_per_second"), unit="step") as display:
 

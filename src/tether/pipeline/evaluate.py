@@ -17,12 +17,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from tether.config import config_to_dict
-from tether.errors import UserError
+from tether.errors import RewardError, UserError
 from tether.language.models import context_length
 from tether.language.prompts import PromptsConfig, load_prompts
 from tether.language.sampler import SamplingConfig
 from tether.language.world import as_completion
-from tether.pipeline.generate import Response, load_sampler, open_rows, sample_responses, write_row
+from tether.pipeline.generate import Response, check_output, load_sampler, open_rows, sample_responses, write_row
 from tether.rewards import Rewards, RewardsConfig, Scores
 
 
@@ -59,11 +59,15 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ValueError(f"samples is {self.samples}, expected 1 or more")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}, expected 0 or more, and below 2^63")
         for k in self.k:
             if not 1 <= k <= self.samples:
                 raise ValueError(f"k holds {k}, expected 1 to samples ({self.samples}): raise samples or lower k")
         if self.sampling.temperature == 0 and self.samples > 1:
             raise ValueError(f"sampling.temperature is 0, so all {self.samples} samples are the same: set samples to 1")
+        if self.output is not None and self.output == self.responses:
+            raise ValueError(f"output and responses are both {self.output}: name two files")
         if not math.isfinite(self.threshold):
             raise ValueError(f"threshold is {self.threshold}, expected a finite number")
 
@@ -112,13 +116,14 @@ def evaluate(config: EvalConfig, show: bool = True) -> EvalResult:
 
     Raises:
         UserError: names the folder, file, row or field that cannot be used.
-        RewardError: a reward function failed; responses scored before are in `config.responses`.
+        RewardError: a reward function failed; what was sampled is in `config.responses`, null for missing scores.
     """
     rewards = Rewards(config.reward)
     if not config.prompts.path:
         raise UserError("no prompts given: name a file with --prompts.path")
-    if config.output is not None and Path(config.output).exists() and not config.overwrite:
-        raise UserError(f"{config.output}: the file is already there; name another, or set `overwrite`")
+    for path in (config.output, config.responses):
+        if path is not None:
+            check_output(path, config.overwrite)
     sampler = load_sampler(
         config.model, config.sampling, config.seed, config.device, config.dtype, config.trust_remote_code
     )
@@ -132,7 +137,13 @@ def evaluate(config: EvalConfig, show: bool = True) -> EvalResult:
         groups: list[tuple[list[Response], Scores]] = []
         with open_rows(config.responses, config.overwrite) as file:
             for responses in sample_responses(sampler, prompts, config.samples):
-                scores = score_responses(rewards, responses)
+                try:
+                    scores = score_responses(rewards, responses)
+                except RewardError:
+                    if file is not None:
+                        for response in responses:
+                            write_row(file, response.as_row() | {"score": None})
+                    raise
                 groups.append((responses, scores))
                 if file is not None:
                     for response, score in zip(responses, scores.total, strict=True):
@@ -218,7 +229,6 @@ def _write(config: EvalConfig, result: EvalResult) -> None:
         for entry in estimates.values():
             entry["interval"] = Estimate(**entry).interval
     try:
-        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         Path(config.output).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{config.output}: cannot be written: {error.strerror}") from error

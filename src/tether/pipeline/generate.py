@@ -52,6 +52,8 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ValueError(f"samples is {self.samples}, expected 1 or more")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}, expected 0 or more, and below 2^63")
         if self.prompt is not None and self.prompts.path:
             raise ValueError("prompt and prompts.path are both set: give one of them")
         if self.prompt is not None and (self.prompts.template is not None or self.prompts.column is not None):
@@ -129,16 +131,27 @@ def sample_responses(sampler: Sampler, prompts: Sequence[Prompt], samples: int) 
         yield [Response(*values) for values in zip(*columns, strict=True)]
 
 
+def check_output(path: str, overwrite: bool) -> None:
+    """Whether a file can be written there, to be asked before anything is computed; makes its folder."""
+    file = Path(path)
+    if file.is_dir():
+        raise UserError(f"{path or 'output'}: {'a folder' if path else 'no name given'}, expected a file to write")
+    if file.exists() and not overwrite:
+        raise UserError(f"{path}: the file is already there; name another, or set `overwrite`")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {file.parent} is no folder ({error.strerror})") from error
+
+
 @contextmanager
 def open_rows(path: str | None, overwrite: bool) -> Iterator[TextIO | None]:
     """A file to write rows to as they come; None where there is no path."""
     if path is None:
         yield None
         return
-    if Path(path).exists() and not overwrite:
-        raise UserError(f"{path}: the file is already there; name another, or set `overwrite`")
+    check_output(path, overwrite)
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed below; the `try` must not cover the caller's code
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error

@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tether.config import config_to_dict
+from tether.errors import UserError
 from tether.language.models import (
     check_vocabulary,
     context_length,
@@ -34,8 +35,8 @@ from tether.language.sampler import Sampler, SamplingConfig
 from tether.language.world import CollectConfig, LanguageWorld
 from tether.ppo import AdvantageConfig, KLConfig, KLController, Learner, LearnerConfig
 from tether.rewards import Rewards, RewardsConfig
-from tether.runs import Run, load_state, save_state
-from tether.runs.random_states import random_states, set_random_states
+from tether.runs import Run, load_state, refuse_run, save_state
+from tether.runs.random_states import random_states, seed_random_states, set_random_states
 from tether.train import Iteration, iterate
 
 
@@ -79,6 +80,10 @@ class PPOConfig:
         for name in ("iterations", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}, expected 0 or more, and below 2^63")
+        if not self.output:
+            raise ValueError("output is empty, expected the folder of the run")
         responses = self.collect.prompts * self.collect.samples_per_prompt
         if responses < self.learner.minibatches:
             raise ValueError(
@@ -136,7 +141,7 @@ def build_ppo(
     """
     parts = parts or Parts()
     rewards = Rewards(config.reward, None if parts.reward is None else [parts.reward])
-    torch.manual_seed(config.seed)
+    seed_random_states(config.seed)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code) if parts.tokenizer is None else parts.tokenizer
     prepare_tokenizer(tokenizer)
     base = _load(config, config.model) if parts.model is None else prepare_model(parts.model, config.device)
@@ -151,7 +156,12 @@ def build_ppo(
         {name: [p.columns[name] for p in prompts] for name in prompts[0].columns}, [p.source for p in prompts]
     )
     reference = _load(config, config.reference) if config.reference else copy.deepcopy(base)
-    model = base if checkpoint is None else _load(config, str(checkpoint / "policy"))
+    model = base
+    if checkpoint is not None:
+        model = _load(config, str(checkpoint / "policy"))
+        if parts.model is not None:  # trained in place on resuming too, in the precision that it came in
+            base.load_state_dict(model.state_dict())
+            model = base
     policy = LanguagePolicy(model, config.separate_value_trunk)
     kl = KLController(config.kl)
     sampler = Sampler(policy, tokenizer, config.sampling, config.seed)
@@ -186,14 +196,24 @@ def train_ppo(
         UserError: something the user brought cannot work.
     """
     folder = Path(config.output)
+    if not resume and not config.overwrite:
+        refuse_run(folder)
+    # A mistake found while building must leave the folder as it was: a new run is made, and an old one changed, after.
+    built = None if resume else build_ppo(config, parts)
     with _opened(config, folder, resume) as run:
         found = run.latest_checkpoint() if resume else None
-        world, learner = build_ppo(config, parts, found[1] if found else None)
-        if resume:  # only now, since a mistake found while building must leave the folder as it was
+        world, learner = built or build_ppo(config, parts, found[1] if found else None)
+        if learner.iteration > config.iterations:
+            raise UserError(
+                f"iterations is {config.iterations}, but the run in {folder} has done {learner.iteration}: "
+                "raise --iterations, or start another run"
+            )
+        if resume:
             run.rewind(learner.iteration)
             run.update_config(config_to_dict(config))
         saved, newest = learner.iteration, found[1] if found else None
-        boundary = _boundary(world)  # what changes while a batch is collected, as it was before
+        # what changes while a batch is collected, as it was after the last iteration that is logged whole
+        boundary, complete = _boundary(world), learner.iteration
         with _Interruption() as interruption:
             try:
                 for iteration in iterate(world, learner):
@@ -202,7 +222,7 @@ def train_ppo(
                         iteration.number,
                         world.episodes(iteration.trajectories, iteration.advantages, iteration.returns),
                     )
-                    boundary = _boundary(world)
+                    boundary, complete = _boundary(world), iteration.number
                     due = iteration.number % config.checkpoint_every == 0 or iteration.number == config.iterations
                     if due or interruption.wanted:
                         newest = _save(run, world, learner, boundary)
@@ -213,8 +233,8 @@ def train_ppo(
                         break
             except BaseException as error:
                 _keep_responses(folder, learner.iteration + 1, error)
-                # the parameters are those of the last whole iteration unless an update was broken off
-                if not learner.updating and learner.iteration > saved:
+                # parameters, boundary and logs are of one iteration unless its update or its logging was broken off
+                if not learner.updating and learner.iteration == complete > saved:
                     _save(run, world, learner, boundary)
                 raise
         assert newest is not None  # the last iteration has one, and so has an interrupted run

@@ -115,9 +115,13 @@ class SFTConfig:
         for name in ("learning_rate", "warmup_steps", "weight_decay", "max_gradient_norm", "eval_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}, expected 0 or more, and below 2^63")
         for name in ("adam_beta1", "adam_beta2", "eval_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more and below 1")
+        if self.learning_rate == math.inf:
+            raise ValueError("learning_rate is inf, expected a finite number")
         if not self.adam_epsilon > 0:
             raise ValueError(f"adam_epsilon is {self.adam_epsilon}, expected a number above 0")
         if self.autocast and self.dtype != "float32":

@@ -6,6 +6,7 @@ reward (Stiennon et al. 2020, arXiv:2009.01325), and a fixed or adaptive β (Zie
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ class KLConfig:
     """Adaptive β: episodes over which a constant error of 20 % would change β by 20 % (Ziegler et al. 2019)."""
 
     def __post_init__(self) -> None:
-        if not self.beta >= 0:
+        if not 0 <= self.beta < math.inf:
             raise ValueError(f"beta is {self.beta}, expected 0 or more")
         if self.target is not None and not self.target > 0:
             raise ValueError(f"target is {self.target}, expected nats above 0, or none for a fixed beta")

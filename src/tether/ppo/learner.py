@@ -80,6 +80,9 @@ class LearnerConfig:
         for name in ("adam_epsilon", "value_learning_rate", "value_clip", "target_kl"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0")
+        for name in ("learning_rate", "value_learning_rate"):
+            if getattr(self, name) == math.inf:
+                raise ValueError(f"{name} is inf, expected a finite number")
         for name in ("adam_beta1", "adam_beta2"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number below 1")

@@ -27,6 +27,8 @@ from tether.rewards.verifiers import Text, text_of
 
 Task = tuple[Callable[[], Any], "Future[Any]"]
 
+WAIT = 0.2  # seconds; a Ctrl-C that comes just before a wait is seen only after it
+
 
 class Caller:
     """Runs reward functions in daemon threads of its own, so that one that hangs can be left behind.
@@ -103,7 +105,9 @@ class Caller:
         finished = threading.Event()
         future.add_done_callback(lambda _: finished.set())
         # Not future.result(timeout): a TimeoutError of the function's own could not be told from ours.
-        if not finished.wait(max(0.0, deadline - time.monotonic())):
+        while not finished.wait(min(WAIT, max(0.0, deadline - time.monotonic()))):
+            if time.monotonic() < deadline:
+                continue
             future.cancel()
             raise RewardError(
                 f"reward `{function.label}` has not returned after {self.timeout:g} s for {len(completions)} "

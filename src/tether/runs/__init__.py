@@ -5,7 +5,7 @@ Knows nothing of training: imports neither the loop nor the pipeline.
 
 from .display import Display
 from .episodes import StoredEpisode, count_episodes, read_episode, read_episodes
-from .folder import Run, latest_checkpoint, read_config, read_metrics
+from .folder import Run, latest_checkpoint, read_config, read_metrics, refuse_run
 from .state import load_state, save_state
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "read_episode",
     "read_episodes",
     "read_metrics",
+    "refuse_run",
     "save_state",
 ]

@@ -73,7 +73,7 @@ def latest_checkpoint(folder: Path) -> tuple[int, Path] | None:
         fault = broken(path)
         if fault is None:
             return iteration, path
-        logger.warning("%s: broken (%s), going back to the one before", path, fault)
+        logger.warning("%s: broken (%s), looking for an older one", path, fault)
     return None
 
 

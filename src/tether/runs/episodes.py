@@ -128,7 +128,7 @@ class EpisodeStore:
 
 
 def read_episodes(
-    folder: Path,
+    folder: str | Path,
     iteration: int | None = None,
     *,
     limit: int = 50,
@@ -141,7 +141,7 @@ def read_episodes(
     return [_stored(row) for row in _query(folder, query, [*parameters, limit, offset])]
 
 
-def read_episode(folder: Path, id: int) -> StoredEpisode:
+def read_episode(folder: str | Path, id: int) -> StoredEpisode:
     """The episode with this id.
 
     Raises:
@@ -149,18 +149,18 @@ def read_episode(folder: Path, id: int) -> StoredEpisode:
     """
     rows = _query(folder, f"SELECT id, {_NAMES} FROM episodes WHERE id = ?", [id])
     if not rows:
-        raise UserError(f"{folder / EPISODES_FILE}: no episode {id}, expected 1 to {count_episodes(folder)}")
+        raise UserError(f"{Path(folder) / EPISODES_FILE}: no episode {id}, expected 1 to {count_episodes(folder)}")
     return _stored(rows[0])
 
 
-def count_episodes(folder: Path, iteration: int | None = None) -> int:
+def count_episodes(folder: str | Path, iteration: int | None = None) -> int:
     """How many episodes the run in `folder` has stored, of one iteration or of all."""
     where, parameters = ("WHERE iteration = ?", [iteration]) if iteration is not None else ("", [])
     return int(_query(folder, f"SELECT COUNT(*) FROM episodes {where}", parameters)[0][0])
 
 
-def _query(folder: Path, query: str, parameters: Sequence[Any]) -> list[Any]:
-    file = folder / EPISODES_FILE
+def _query(folder: str | Path, query: str, parameters: Sequence[Any]) -> list[Any]:
+    file = Path(folder) / EPISODES_FILE
     if not file.is_file():
         raise UserError(f"{file}: no such file, expected the folder of a run")
     with (

@@ -4,6 +4,7 @@
     metrics.jsonl    one JSON object a line, "iteration" first
     tensorboard/     the same numbers as TensorBoard events
     episodes.db      every sampled episode (see `episodes`)
+    unscored.jsonl   responses whose scoring failed, if it ever did
     checkpoints/     the newest states (see `checkpoints`)
     lock             says who is writing
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+UNSCORED_FILE = "unscored.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 CHECKPOINTS_FOLDER = "checkpoints"
 TIME_PREFIX = "time/"
@@ -87,8 +89,8 @@ class Run:
         except OSError as error:
             raise UserError(f"{folder}: cannot be the run's folder: {error.strerror}") from None
         try:
-            if _holds_run(folder) and not overwrite:
-                raise UserError(f"{folder}: holds a run already; go on with it by --resume, or choose another folder")
+            if not overwrite:
+                refuse_run(folder)
             _clear(folder)
             _replace(folder / CONFIG_FILE, dump_yaml(config).encode())
         except BaseException:
@@ -152,8 +154,19 @@ class Run:
         return checkpoints.save_checkpoint(self.folder / CHECKPOINTS_FOLDER, iteration, write, self._keep)
 
     def latest_checkpoint(self) -> tuple[int, Path] | None:
-        """(iteration, folder) of the newest checkpoint that is whole; a warning names each broken one."""
-        return checkpoints.latest_checkpoint(self.folder / CHECKPOINTS_FOLDER)
+        """(iteration, folder) of the newest checkpoint that is whole; a warning names each broken one.
+
+        Raises:
+            UserError: there are checkpoints, and all are broken. To start again at nothing would cost all metrics and
+                episodes, which is for the user to decide.
+        """
+        found = checkpoints.latest_checkpoint(self.folder / CHECKPOINTS_FOLDER)
+        if found is None and (there := checkpoints.list_checkpoints(self.folder / CHECKPOINTS_FOLDER)):
+            raise UserError(
+                f"{self.folder / CHECKPOINTS_FOLDER}: no whole checkpoint among the {len(there)} that are there; put a "
+                "good copy in their place, or start again with --overwrite"
+            )
+        return found
 
     def rewind(self, iteration: int) -> None:
         """Make the folder what it was after `iteration`.
@@ -228,15 +241,18 @@ def latest_checkpoint(folder: str | Path) -> tuple[int, Path] | None:
     return checkpoints.latest_checkpoint(Path(folder) / CHECKPOINTS_FOLDER)
 
 
-def _holds_run(folder: Path) -> bool:
+def refuse_run(folder: Path) -> None:
+    """UserError where the folder holds a run, for those who would start another there."""
     names = (CONFIG_FILE, METRICS_FILE, EPISODES_FILE, CHECKPOINTS_FOLDER)
-    return any((folder / name).exists() for name in names)
+    if any((folder / name).exists() for name in names):
+        raise UserError(f"{folder}: holds a run already; go on with it by --resume, or choose another folder")
 
 
 def _clear(folder: Path) -> None:
     for name in (CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (CONFIG_FILE, METRICS_FILE, EPISODES_FILE, f"{EPISODES_FILE}-wal", f"{EPISODES_FILE}-shm"):
+    databases = (EPISODES_FILE, f"{EPISODES_FILE}-wal", f"{EPISODES_FILE}-shm")
+    for name in (CONFIG_FILE, METRICS_FILE, UNSCORED_FILE, *databases):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -9,6 +9,13 @@ import numpy
 import torch
 
 
+def seed_random_states(seed: int) -> None:
+    """Start torch's, Python's and numpy's global generators from `seed`."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)  # noqa: NPY002
+
+
 def random_states() -> dict[str, Any]:
     """States of torch's, Python's and numpy's global generators, as tensors and plain numbers."""
     version, internal, gauss = random.getstate()

@@ -1,0 +1,416 @@
+"""Malformed inputs, and what is said of each: the cases of `test_malformed.py` and of `docs/malformed-inputs.md`.
+
+Every case runs in a folder of its own that holds `model`, `chat` (the same with a chat template), `prompts.jsonl`,
+`rows.jsonl` and `rewards.py`, all of them good until the case spoils one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
+
+from tests.models import make_model, make_tokenizer
+
+Prepare = Callable[[], None]
+PPO = (
+    "ppo --model model --prompts.path prompts.jsonl --reward.functions rewards.py:score --output run --iterations 3 "
+    "--collect.prompts 4 --sampling.max-new-tokens 4 --learner.epochs 1 --learner.minibatches 2"
+)
+SFT = "sft --model model --data rows.jsonl --output run --max-steps 2"
+GENERATE = "generate --model model --prompt ab --sampling.max-new-tokens 4"
+EVAL = (
+    "eval --model model --prompts.path prompts.jsonl --reward.functions rewards.py:score --sampling.max-new-tokens 4 "
+    "--output run/result.json"
+)
+RESUME = "ppo --resume run"
+GOOD_REWARD = """
+calls = 0
+
+def score(completions, **columns):
+    global calls
+    calls += 1
+    return [float(completion.count("a")) for completion in completions]
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One malformed input.
+
+    Attributes:
+        what: what is wrong, a row of the table.
+        command: the arguments of `tether`.
+        says: the place, and what was found there; both are in the line that is printed.
+        files: contents of files in the working folder, against the good ones.
+        prepare: spoils what `files` cannot; runs in the working folder.
+        library: a regular expression for words of a library in the line, which differ between versions.
+    """
+
+    what: str
+    command: str
+    says: tuple[str, ...]
+    files: Mapping[str, str | bytes] = field(default_factory=dict)
+    prepare: Prepare | None = None
+    library: str | None = None
+
+
+def jsonl(*rows: object) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def make_folders(folder: Path) -> None:
+    """What is good in the working folder of every case."""
+    make_model("gpt2").save_pretrained(folder / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder / "model")
+    shutil.copytree(folder / "model", folder / "chat")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
+        "{{ raise_exception('unknown role ' + m.role) }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(folder / "chat")
+    prompts = ("ab", "cd", "ef", "fa")
+    (folder / "prompts.jsonl").write_text(jsonl(*({"prompt": text, "answer": "a"} for text in prompts)))
+    (folder / "rows.jsonl").write_text(jsonl(*({"prompt": text, "completion": "c"} for text in prompts)))
+    (folder / "rewards.py").write_text(GOOD_REWARD)
+
+
+def config(**changes: Any) -> Prepare:
+    """`model/config.json` with some fields changed, or left out where they are None."""
+
+    def prepare() -> None:
+        file = Path("model/config.json")
+        fields = json.loads(file.read_text()) | changes
+        file.write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
+
+    return prepare
+
+
+def remove(*names: str) -> Prepare:
+    def prepare() -> None:
+        for name in names:
+            Path(name).unlink()
+
+    return prepare
+
+
+def weights(change: Callable[[bytes], bytes]) -> Prepare:
+    """`model/model.safetensors` with its bytes changed."""
+
+    def prepare() -> None:
+        file = Path("model/model.safetensors")
+        file.write_bytes(change(file.read_bytes()))
+
+    return prepare
+
+
+def pickled_weights() -> None:
+    torch.save(load_file("model/model.safetensors"), "model/pytorch_model.bin")
+    Path("model/model.safetensors").unlink()
+
+
+def wider_weights() -> None:
+    make_model("gpt2", n_embd=32).save_pretrained("wider")
+    shutil.copy("wider/model.safetensors", "model/model.safetensors")
+
+
+def fewer_layers() -> None:
+    make_model("gpt2", n_layer=1).save_pretrained("shallow")
+    shutil.copy("shallow/model.safetensors", "model/model.safetensors")
+
+
+def weights_with_nan() -> None:
+    tensors = load_file("model/model.safetensors")
+    tensors["transformer.h.0.mlp.c_fc.weight"][0, 0] = float("nan")
+    save_file(tensors, "model/model.safetensors", {"format": "pt"})
+
+
+def missing_shard() -> None:
+    make_model("gpt2").save_pretrained("model", max_shard_size="8KB")
+    sorted(Path("model").glob("model-00*.safetensors"))[1].unlink()
+    Path("model/model.safetensors").unlink(missing_ok=True)
+
+
+def tokenizer(pad: str | None = "<eos>", **changes: Any) -> Prepare:
+    """The tokenizer of `model` with some attributes changed."""
+
+    def prepare() -> None:
+        changed = make_tokenizer(pad)
+        for name, value in changes.items():
+            setattr(changed, name, value)
+        changed.save_pretrained("model")
+
+    return prepare
+
+
+def larger_tokenizer() -> None:
+    grown = make_tokenizer()
+    grown.add_tokens([AddedToken("<tool>"), AddedToken("<image>")])
+    grown.save_pretrained("model")
+
+
+SETTINGS = [
+    Case("no such command", "pop", ("'pop'", "expected one of", "ppo")),
+    Case("a flag that is misspelt", f"{PPO} --itertions 3", ("--itertions", "did you mean --iterations?")),
+    Case("a flag of a section without the section", f"{PPO} --beta 0", ("--beta", "did you mean --kl.beta?")),
+    Case("a flag of another command", f"{GENERATE} --kl.beta 0", ("--kl.beta", "no such option")),
+    Case("a flag whose value is of another type", f"{PPO} --iterations many", ("--iterations", "'many'", "an integer")),
+    Case("a flag without its value", f"{PPO} --iterations", ("--iterations", "no value")),
+    Case("a value on a flag that takes none", f"{PPO} --overwrite yes", ("--overwrite", "'yes'", "--no-overwrite")),
+    Case("a word that belongs to no flag", f"{PPO} --seed 1 2", ("'2'", "found after 1")),
+    Case("a choice that there is not", f"{PPO} --advantage.estimator reinforce", ("'reinforce'", "'rloo'")),
+    Case("a number out of its range", f"{PPO} --sampling.top-p 2", ("sampling: top_p", "2.0", "at most 1")),
+    Case("a number that is NaN", f"{PPO} --kl.beta nan", ("kl: beta", "nan", "0 or more")),
+    Case("a number that is infinite", f"{PPO} --learner.learning-rate inf", ("learning_rate", "inf", "finite")),
+    Case("a negative seed", f"{SFT} --seed -1", ("seed", "-1", "0 or more")),
+    Case("a device that there is not", f"{GENERATE} --device gpu", ("device", "'gpu'"), library=r"RuntimeError.*\w"),
+    Case("sampling at temperature 0 in PPO", f"{PPO} --sampling.temperature 0", ("sampling.temperature", "above 0")),
+    Case("a group baseline without groups", f"{PPO} --advantage.estimator rloo", ("samples_per_prompt is 1", "2")),
+    Case("more minibatches than responses", f"{PPO} --learner.minibatches 9", ("learner.minibatches is 9", "only 4")),
+    Case("two ways to hold rows out", f"{SFT} --eval-data rows.jsonl --eval-fraction 0.1", ("eval_data", "both")),
+    Case("pass@k with fewer than k samples", f"{EVAL} --samples 2 --k 4", ("k holds 4", "samples (2)")),
+    Case("several samples at temperature 0", f"{EVAL} --samples 2 --sampling.temperature 0", ("temperature is 0", "2")),
+    Case("no model named", "generate --prompt ab", ("no model", "--model")),
+    Case("no reward named", f"{PPO} --reward.functions", ("no reward", "--reward.functions")),
+    Case("no folder for the run", f"{PPO} --output=", ("output is empty",)),
+    Case("a run in the place of a file", f"{PPO} --output prompts.jsonl", ("prompts.jsonl", "File exists")),
+    Case("a result in the place of a file", f"{GENERATE} --output rows.jsonl", ("rows.jsonl", "already there")),
+    Case("a result under a file", f"{EVAL} --output rows.jsonl/a.json", ("rows.jsonl/a.json", "is no folder")),
+    Case("the configuration file is missing", f"{PPO} --config c.yaml", ("c.yaml", "No such file")),
+    Case("it is not YAML", f"{PPO} --config c.yaml", ("c.yaml:1:15", "not valid YAML"), {"c.yaml": "iterations: [1"}),
+    Case("it is not UTF-8", f"{PPO} --config c.yaml", ("c.yaml", "byte 0"), {"c.yaml": b"\xff\xfe"}),
+    Case("it is a list", f"{PPO} --config c.yaml", ("c.yaml", "the top level is a list"), {"c.yaml": "- seed: 1"}),
+    Case("it has a field that is misspelt", f"{PPO} --config c.yaml",
+         ("c.yaml", "learner.learning_rte", "did you mean learning_rate?"), {"c.yaml": "learner: {learning_rte: 1}"}),
+    Case("it has a field twice", f"{PPO} --config c.yaml", ("c.yaml:2:1", "'seed'"), {"c.yaml": "seed: 1\nseed: 2"}),
+    Case("it has text for a number", f"{PPO} --config c.yaml",
+         ("c.yaml", "learner.learning_rate", "'fast'", "a number"), {"c.yaml": "learner: {learning_rate: fast}"}),
+    Case("it has a number for text", f"{PPO} --config c.yaml", ("c.yaml", "model", "7"), {"c.yaml": "model: 7"}),
+    Case("it has one value for a list", f"{PPO} --config c.yaml",
+         ("c.yaml", "reward.functions", "a list"), {"c.yaml": "reward: {functions: arithmetic}"}),
+    Case("it has fields that contradict each other", "ppo --config c.yaml",
+         ("c.yaml", "learner.minibatches is 8", "only 2"),
+         {"c.yaml": "collect: {prompts: 2}\nlearner: {minibatches: 8}"}),
+]  # fmt: skip
+
+MODELS = [
+    Case("no such folder", f"{GENERATE} --model ./llama", ("./llama", "no such folder")),
+    Case("no such folder, and no such model on the hub", f"{GENERATE} --model llama", ("llama", "hub"),
+         library=r"OSError.*(?=\))"),
+    Case("a file for a folder", f"{GENERATE} --model rows.jsonl", ("rows.jsonl", "a file")),
+    Case("an empty folder", f"{GENERATE} --model empty", ("empty", "no config.json"),
+         prepare=lambda: Path("empty").mkdir()),
+    Case("config.json is missing", PPO, ("model", "no config.json"), prepare=remove("model/config.json")),
+    Case("config.json is not JSON", SFT, ("model/config.json", "not valid JSON"), {"model/config.json": "{"}),
+    Case("config.json is a list", SFT, ("model/config.json", "a list"), {"model/config.json": "[]"}),
+    Case("config.json names no architecture", GENERATE, ("model/config.json", "no model that transformers knows"),
+         prepare=config(model_type=None), library=r"ValueError.*\."),
+    Case("config.json names an architecture that nobody knows", GENERATE, ("model/config.json", "no model that"),
+         prepare=config(model_type="gpt9"), library=r"ValueError.*(?=\))"),
+    Case("config.json has text for a number", GENERATE, ("model/config.json",),
+         prepare=config(n_embd="wide"), library=r"StrictDataclass.*(?=\))"),
+    Case("config.json contradicts itself", GENERATE, ("model", "no causal language model could be loaded"),
+         prepare=config(n_head=5), library=r"ValueError.*(?=\))"),
+    Case("the model is no causal language model", GENERATE, ("model", "'t5'", "causal language model"),
+         prepare=config(model_type="t5", architectures=["T5Model"])),
+    Case("the model needs code of its own", GENERATE, ("model", "Python code", "--trust-remote-code"),
+         {"model/own.py": "raise SystemExit('this ran')"},
+         prepare=config(model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})),
+    Case("the weights are missing", EVAL, ("model", "no model.safetensors"), prepare=remove("model/model.safetensors")),
+    Case("the weights are a pickle", PPO, ("model", "pytorch_model.bin", "pickle"), prepare=pickled_weights),
+    Case("the weights are cut short", PPO, ("model/model.safetensors", "cut short"),
+         prepare=weights(lambda data: data[: len(data) // 2]), library=r"SafetensorError.*(?=\))"),
+    Case("the weights are empty", PPO, ("model/model.safetensors", "cut short"),
+         prepare=weights(lambda data: b""), library=r"SafetensorError.*(?=\))"),
+    Case("the weights are something else", SFT, ("model/model.safetensors", "damaged"),
+         prepare=weights(lambda data: b"not weights, but text"), library=r"SafetensorError.*(?=\))"),
+    Case("a shard of the weights is missing", GENERATE, ("model/model-00002-of-00004.safetensors",),
+         prepare=missing_shard, library=r"\w+Error.*(?=: model)"),
+    Case("the weights are of another shape", GENERATE, ("config.json", "another shape", "(96,), expected (48,)"),
+         prepare=wider_weights),
+    Case("the weights have fewer layers", GENERATE, ("config.json", "12 tensors missing"), prepare=fewer_layers),
+    Case("the weights hold NaN", PPO, ("model", "NaN", "h.0.mlp.c_fc.weight"), prepare=weights_with_nan),
+    Case("the reference model is not there", f"{PPO} --reference ./old", ("./old", "no such folder")),
+]  # fmt: skip
+
+TOKENIZERS = [
+    Case("there is no tokenizer", PPO, ("model", "no tokenizer"),
+         prepare=remove("model/tokenizer.json", "model/tokenizer_config.json")),
+    Case("tokenizer.json is missing", PPO, ("model", "no tokenizer"),
+         prepare=remove("model/tokenizer.json"), library=r"ValueError.*(?=\))"),
+    Case("tokenizer.json is not JSON", SFT, ("model", "no tokenizer"), {"model/tokenizer.json": "{"},
+         library=r"\w+Error.*(?=\))"),
+    Case("it has no eos token", PPO, ("model", "no eos token", "tokenizer_config.json"),
+         prepare=tokenizer(pad="<pad>", eos_token=None)),
+    Case("it has no chat template, but the prompts are chat", PPO, ("prompts.jsonl", "no chat template"),
+         {"prompts.jsonl": jsonl({"messages": [{"role": "user", "content": "ab"}]})}),
+    Case("it has no chat template, but a prompt shall be chat", f"{GENERATE} --prompts.chat",
+         ("prompt", "chat template")),
+    Case("it has no chat template, but the training rows are chat", f"{SFT} --rows.chat",
+         ("rows.jsonl, row 1", "chat template")),
+    Case("it has more tokens than the model embeds", PPO, ("model", "up to 17", "only 16"), prepare=larger_tokenizer),
+]  # fmt: skip
+
+
+def prompts(what: str, contents: object, *says: str, name: str = "prompts.jsonl", more: str = "", **rest: Any) -> Case:
+    """A case of `tether ppo` with this file of prompts: text or bytes as they are, or rows."""
+    data = contents if isinstance(contents, (str, bytes)) else jsonl(*contents)  # type: ignore[misc]
+    command = f"{PPO} --prompts.path {name} {more}".rstrip() if name != "prompts.jsonl" or more else PPO
+    return Case(what, command, (name, *says), {name: data}, **rest)
+
+
+def messages(what: str, conversation: object, *says: str) -> Case:
+    return prompts(what, [{"messages": conversation}], "row 1", *says, more="--model chat")
+
+
+LONG = "ab" * 40
+PROMPTS = [
+    Case("the file is missing", f"{PPO} --prompts.path p.jsonl", ("p.jsonl", "no such file")),
+    prompts("the file is empty", "", "empty"),
+    prompts("the file has no rows", "[]", "no rows", name="p.json"),
+    prompts("a line is not JSON", '{"prompt": "ab"}\n{"prompt": \n', "line 2", "malformed JSON"),
+    prompts("a line is no object", '{"prompt": "ab"}\n7\n', "line 2", "a number"),
+    prompts("JSONL in a file called .json", jsonl({"prompt": "a"}, {"prompt": "b"}), "line 2", ".jsonl", name="p.json"),
+    prompts("the file is not UTF-8", b'{"prompt": "ab"}\n{"prompt": "\xe4"}\n', "line 2", "0xe4"),
+    prompts("a line of CSV has a field too many", "prompt,answer\nab,1,2\n", "line 2", "3 fields", name="p.csv"),
+    prompts("a quote in CSV is never closed", 'prompt,answer\nab,"1\n', "line 2", "malformed CSV", name="p.csv"),
+    prompts("the Parquet file is no Parquet", "prompt\n" * 9, "Parquet", name="p.parquet", library=r"Parquet magic.*"),
+    prompts("the gzip file is cut short", b"\x1f\x8b\x08\x00\x00\x00", "gzip", name="p.jsonl.gz"),
+    prompts("a format that cannot be read", "ab\n", "format", ".jsonl", name="p.txt"),
+    prompts("there is no column for prompts", [{"question": "ab"}], "question", "--prompts.column"),
+    prompts("the column that was named is not there", [{"prompt": "ab"}], "`text`", more="--prompts.column text"),
+    prompts("a prompt is a number", [{"prompt": "ab"}, {"prompt": 7}], "row 2", "int (7)"),
+    prompts("a row has no prompt", [{"prompt": "ab"}, {"answer": "a"}], "row 2", "missing"),
+    prompts("a prompt is empty", [{"prompt": "ab"}, {"prompt": " "}], "row 2", "is empty"),
+    prompts("a prompt holds half a character", '{"prompt": "\\ud83d"}', "row 1", "surrogate"),
+    prompts("a prompt is longer than the context", [{"prompt": "a"}, {"prompt": LONG}], "row 2", "80 tokens", "60"),
+    prompts("all prompts are longer than the context", [{"prompt": LONG}], "every one of the 1",
+            more="--prompts.overlong skip"),
+    prompts("a prompt is longer than was asked for", [{"prompt": "abcde"}], "row 1", "prompts.max_tokens is 4",
+            more="--prompts.max-tokens 4"),
+    Case("responses as long as the context", f"{PPO} --sampling.max-new-tokens 64",
+         ("max_new_tokens is 64", "64 tokens")),
+    Case("a prompt and its response longer than the context", f"{GENERATE} --sampling.max-new-tokens 63",
+         ("prompt", "2 tokens", "64")),
+    Case("a split of a file that has none", f"{PPO} --prompts.split test", ("prompts.jsonl", "`test`", "no splits")),
+    Case("a template names a column that is not there", f"{PPO} --prompts.template {{q}}", ("`q`", "prompt, answer")),
+    Case("a template with a lone brace", f"{PPO} --prompts.template {{prompt", ("prompts.template", "'}'")),
+    Case("a system message for plain text", f"{PPO} --prompts.system Hi", ("prompts.system", "--prompts.chat")),
+    Case("a prompt and a file of prompts", f"{GENERATE} --prompts.path prompts.jsonl", ("prompt", "both set")),
+    messages("a role that the chat template refuses", [{"role": "robot", "content": "a"}], "unknown role robot"),
+    messages("a message without a role", [{"content": "a"}], "message 1", "no `role`"),
+    messages("a message whose content is no text", [{"role": "user", "content": 7}], "`content` is int"),
+    messages("a conversation without messages", [], "empty list"),
+    messages("a conversation that ends with the answer",
+             [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "assistant turn"),
+    prompts("text and chat in one file", [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "a"}]}], "row 2",
+            more="--model chat"),
+    Case("training rows without a completion", SFT, ("rows.jsonl, row 1", "prompt"),
+         {"rows.jsonl": jsonl({"prompt": "a"})}),
+    Case("a training row with a null", SFT, ("rows.jsonl, row 2", "`completion`"),
+         {"rows.jsonl": jsonl({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None})}),
+    Case("a training row longer than the context", SFT, ("rows.jsonl, row 1", "82 tokens", "at most 64"),
+         {"rows.jsonl": jsonl({"prompt": LONG, "completion": "b"})}),
+    Case("a conversation to learn without an answer", f"{SFT} --model chat", ("rows.jsonl, row 1", "assistant"),
+         {"rows.jsonl": jsonl({"messages": [{"role": "user", "content": "a"}]})}),
+]  # fmt: skip
+
+
+def reward(what: str, source: str, *says: str, **rest: Any) -> Case:
+    return Case(what, PPO, ("rewards.py:score", *says), {"rewards.py": source}, **rest)
+
+
+REWARDS = [
+    Case("the file is missing", f"{PPO} --reward.functions r.py:score", ("r.py", "no such file")),
+    Case("the file has no such function", f"{PPO} --reward.functions rewards.py:best", ("`best`", "it has: score")),
+    Case("the function is not named", f"{PPO} --reward.functions rewards.py", ("`rewards.py`", "file.py:name")),
+    Case("a module that is not installed", f"{EVAL} --reward.functions my.rewards:score", ("my.rewards:score", "`my`")),
+    reward("a syntax error", "def score(:\n", "line 1", "SyntaxError"),
+    reward("an import that fails", "import os\nimport nothing_such\n", "line 2", "nothing_such"),
+    reward("it is no function", "score = 3\n", "not callable", "int"),
+    reward("it needs a column that the prompts have not", "def score(completions, solution): ...\n",
+           "`solution`", "answer"),
+    Case("a weight too many", f"{PPO} --reward.weights 1 2", ("reward.weights", "2 numbers", "1 functions")),
+    Case("a time limit of 0", f"{PPO} --reward.timeout 0", ("reward.timeout", "0")),
+    Case("a verifier without its column", f"{PPO} --reward.functions numeric?answer=solution",
+         ("`solution`", "answer")),
+    Case("a verifier's option that there is not", f"{EVAL} --reward.functions numeric?good=1", ("`numeric`", "`good`")),
+    Case("a verifier's option that cannot be", f"{EVAL} --reward.functions numeric?right=x", ("`right`", "'x'")),
+    Case("a verifier's regular expression is none", f"{EVAL} --reward.functions regex?pattern=(", ("'('", "regular")),
+    Case("an answer that a verifier cannot read", f"{EVAL} --reward.functions numeric", ("numeric", "`answer`", "'a'")),
+]  # fmt: skip
+
+
+def failing(what: str, in_the_third_call: str, *says: str, more: str = "") -> Case:
+    """A reward that scores two iterations, and not the third."""
+    source = GOOD_REWARD.replace("calls += 1", f"calls += 1\n    if calls == 3:\n        {in_the_third_call}")
+    return Case(what, f"{PPO} {more}".rstrip(), ("`rewards.py:score`", *says), {"rewards.py": source})
+
+
+FAILING_REWARDS = [
+    failing("it raises", "raise ValueError('no such answer')", "ValueError: no such answer", "rewards.py, line 8"),
+    failing("it ends the program", "raise SystemExit('enough')", "SystemExit: enough", "rewards.py, line 8"),
+    failing("it returns too few numbers", "return [1.0]", "returned 1 numbers", "a list of 4"),
+    failing("it returns one number", "return 1.0", "returned float (1.0)", "a list of 4"),
+    failing("it returns nothing", "return", "returned None", "`return` missing"),
+    failing("it returns text", "return '1'", "returned str ('1')"),
+    failing("it returns NaN", "return [1.0, float('nan'), 1.0, 1.0]", "returned nan for completion 1", "finite"),
+    failing("it returns an infinite number", "return [float('inf')] * 4", "returned inf for completion 0", "finite"),
+    failing("it returns a list of texts", "return ['1'] * 4", "returned str ('1') for completion 0"),
+    failing("it hangs", "import time; time.sleep(3600)", "after 1 s", "--reward.timeout", more="--reward.timeout 1"),
+]
+
+
+def damage(iteration: int, name: str = "policy/model.safetensors") -> None:
+    """Change the last byte of a file of a checkpoint."""
+    file = Path(f"run/checkpoints/iteration-{iteration:06d}") / name
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def damage_all() -> None:
+    damage(1, "manifest.json")
+    damage(2)
+
+
+RUNS = [
+    Case("a new run where one is already", PPO, ("run", "--resume")),
+    Case("--overwrite, and a mistake elsewhere", f"{PPO} --overwrite --prompts.path p.jsonl",
+         ("p.jsonl", "no such file")),
+    Case("--resume without a folder", "ppo --resume", ("--resume", "folder")),
+    Case("--resume of a folder that is no run", "ppo --resume model", ("model", "no config.yaml")),
+    Case("--resume with another configuration", f"{RESUME} --config c.yaml", ("--resume", "--config")),
+    Case("config.yaml of the run is not YAML", RESUME, ("run/config.yaml:1", "YAML"),
+         {"run/config.yaml": "seed: ["}),
+    Case("config.yaml of the run has a strange field", RESUME, ("run/config.yaml", "sed"),
+         {"run/config.yaml": "sed: 1"}),
+    Case("fewer iterations than are done", f"{RESUME} --iterations 1", ("iterations is 1", "has done 2")),
+    Case("a critic of another form", f"{RESUME} --separate-value-trunk",
+         ("critic.safetensors", "separate_value_trunk")),
+    Case("the prompts are gone", f"{RESUME} --iterations 3", ("prompts.jsonl", "no such file"),
+         prepare=remove("prompts.jsonl")),
+    Case("the reward no longer works", f"{RESUME} --iterations 3", ("rewards.py", "SyntaxError"),
+         {"rewards.py": "def"}),
+    Case("all checkpoints are damaged", f"{RESUME} --iterations 3", ("run/checkpoints", "among the 2"),
+         prepare=damage_all),
+    Case("episodes.db is damaged", f"{RESUME} --iterations 3", ("run/episodes.db", "not a database"),
+         {"run/episodes.db": "not a database, but text"}),
+]  # fmt: skip
+
+SECTIONS: dict[str, list[Case]] = {
+    "Command line and configuration": SETTINGS,
+    "Models": MODELS,
+    "Tokenizers": TOKENIZERS,
+    "Prompts and training rows": PROMPTS,
+    "Rewards, before training": REWARDS,
+    "Rewards, in the third iteration": FAILING_REWARDS,
+    "Runs and checkpoints": RUNS,
+}
