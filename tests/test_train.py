@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tests.toy import ToyPolicy, trajectories
 from torch import Tensor
 
+from tests.toy import ToyPolicy, trajectories
 from tether.ppo import Learner, LearnerConfig, Trajectories
 from tether.train import Iteration, iterate
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tempfile import TemporaryDirectory
 
 import torch
-import torch.utils.tensorboard  # noqa: F401 - imported late by a run
+import torch.utils.tensorboard
 
 import tether.cli  # noqa: F401
 from tests.models import make_model

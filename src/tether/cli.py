@@ -91,7 +91,9 @@ def _ppo(arguments: list[str]) -> int:
     from tether.pipeline.ppo import PPOConfig, train_ppo
     from tether.runs import Display
 
-    arguments = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--resume=") else [word])]
+    arguments = [
+        part for word in arguments for part in (word.split("=", 1) if word.startswith("--resume=") else [word])
+    ]
     resume = "--resume" in arguments
     if resume:
         place = arguments.index("--resume")

@@ -46,13 +46,13 @@ class DemoConfig:
     """Of everything random: the problems held out, the wrong answers, the model, the samples."""
     output: str = "runs/demo"
     """Folder of the run; the demo of an earlier time there is replaced."""
-    largest: int = 29
+    largest: int = 49
     """The numbers to add go from 0 to this."""
     held_out: float = 0.1
     """Share of the problems that neither phase of training sees."""
-    wrong: float = 0.45
+    wrong: float = 0.4
     """Share of the answers that are wrong in the text for fine-tuning."""
-    sft_steps: int = 600
+    sft_steps: int = 1500
     """Optimizer steps of fine-tuning."""
     iterations: int = 60
     """Iterations of PPO."""
@@ -114,12 +114,13 @@ def demo(config: DemoConfig) -> DemoResult:
 
 
 def split_problems(config: DemoConfig, rng: random.Random) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Problems for training and problems held out; "2 + 2" is always among the latter."""
+    """Problems for training and problems held out, both ways round; "2 + 2" is always among the latter."""
     numbers = range(config.largest + 1)
-    problems = [(a, b) for a in numbers for b in numbers if (a, b) != FIRST_QUESTION]
-    rng.shuffle(problems)
-    count = round(config.held_out * len(problems))
-    return problems[count:], [FIRST_QUESTION, *problems[:count]]
+    pairs = [(a, b) for a in numbers for b in numbers if a <= b and (a, b) != FIRST_QUESTION]
+    rng.shuffle(pairs)
+    count = round(config.held_out * len(pairs))
+    held_out, seen = ({*pairs, *((b, a) for a, b in pairs)} for pairs in (pairs[:count], pairs[count:]))
+    return sorted(seen), [FIRST_QUESTION, *sorted(held_out)]
 
 
 def question(problem: tuple[int, int]) -> str:
@@ -173,6 +174,7 @@ def _fine_tune(
         rows.append({"prompt": question(problem), "completion": str(answer)})
     settings = SFTConfig(
         learning_rate=2e-3,
+        weight_decay=0.1,
         adam_beta2=0.98,
         batch_size=batch,
         warmup_steps=30,
@@ -182,7 +184,7 @@ def _fine_tune(
     with Display(config.sft_steps, ("loss", "time/tokens_per_second"), unit="step") as display:
 
         def report(metrics: dict[str, float]) -> None:
-            if metrics["step"] % 100 == 0 and metrics["step"]:
+            if metrics["step"] % 200 == 0 and metrics["step"]:
                 display.update(int(metrics["step"]), metrics)
 
         fine_tune(model, tokenizer, rows, settings, report)
@@ -199,10 +201,17 @@ def _reinforce(
         checkpoint_every=config.iterations,
         reward=RewardsConfig(functions=("arithmetic",)),
         sampling=SamplingConfig(max_new_tokens=4, batch_size=1024),
-        collect=CollectConfig(prompts=256),
+        collect=CollectConfig(prompts=512),
         kl=KLConfig(beta=0.05),
         advantage=AdvantageConfig(lam=1.0),
-        learner=LearnerConfig(learning_rate=3e-4, value_learning_rate=3e-3, epochs=2, microbatch_tokens=16384),
+        learner=LearnerConfig(
+            epochs=2,
+            learning_rate=4e-4,
+            value_learning_rate=3e-3,
+            schedule="linear",
+            value_coefficient=0.1,
+            microbatch_tokens=16384,
+        ),
     )
     parts = Parts(model, tokenizer, [question(problem) for problem in seen])
     columns = ("score", "reward", "kl", "entropy", "clip_fraction", "explained_variance")
@@ -271,8 +280,10 @@ def _show_episode(console: Console, episode: Episode) -> None:
 def _what_next(console: Console, config: DemoConfig, trained: Trained) -> None:
     console.print("[bold]What to try next[/bold]")
     console.print(
-        f"   tether generate --model {trained.policy} --prompt 'What is 12 + 7?' --samples 4\n"
+        f"   tether generate --model {trained.policy} --prompt 'What is 12 + 7?' --samples 4 "
+        "--sampling.max-new-tokens 4\n"
         f"   tensorboard --logdir {config.output}\n"
         "   tether prove                      PPO where the optimum is known: how near does it come?\n"
-        "   tether ppo --model YOUR_MODEL --prompts.path prompts.jsonl --reward.functions rewards.py:score\n"
+        "   tether ppo --model YOUR_MODEL --prompts.path prompts.jsonl --reward.functions rewards.py:score\n",
+        soft_wrap=True,  # a command that is broken in two cannot be pasted
     )

@@ -48,11 +48,11 @@ class ProveConfig:
 
     seed: int = 0
     """Of the world's rewards, the model's weights and the training."""
-    iterations: int = 200
+    iterations: int = 160
     """Iterations of PPO."""
     responses: int = 1024
     """Responses per iteration."""
-    beta: float = 0.25
+    beta: float = 0.5
     """β of the objective E[r] − β·KL(π‖π_ref)."""
     share: float = 0.98
     """Share of the gap between J(π_ref) and J* that must be closed; below it the exit code is 1."""
@@ -110,7 +110,8 @@ def prove(config: ProveConfig) -> Proof:
             seconds = time.perf_counter() - started
             console.print(
                 f"iteration {iteration.number:>4}/{config.iterations}  J(π) {evaluation.objective.mean():+.4f}  "
-                f"gap closed {evaluation.gap_closed:7.2%}  critic's error {critic_error.visited:.3f}  {seconds:3.0f} s"
+                f"gap closed {evaluation.gap_closed:7.2%}  critic's error {critic_error.visited:.3f}  {seconds:3.0f} s",
+                soft_wrap=True,
             )
     evaluation, critic_error = measure()
     proof = Proof(

@@ -1,0 +1,101 @@
+"""`tether demo`: what it shows, what it keeps apart, and, in full, that PPO teaches the model to add."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import random
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tether.cli import main
+from tether.pipeline.demo import DemoConfig, demo, question, split_problems
+from tether.runs import read_episodes, read_metrics
+
+SHORT = ["--largest", "9", "--held-out", "0.2", "--sft-steps", "4", "--iterations", "2"]
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The run of a demonstration of a few steps, and what it printed."""
+    run = tmp_path_factory.mktemp("demo") / "run"
+    stream = io.StringIO()
+    with pytest.MonkeyPatch.context() as terminal, contextlib.redirect_stdout(stream):
+        terminal.setenv("COLUMNS", "120")
+        assert main(["demo", *SHORT, "--output", str(run)]) == 0
+    return run, stream.getvalue()
+
+
+def split() -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Sums for training and sums held out, as the demonstration above has split them."""
+    return split_problems(DemoConfig(largest=9, held_out=0.2), random.Random(0))
+
+
+def test_it_shows_accuracy_before_and_after_on_sums_never_seen(shown: tuple[Path, str]) -> None:
+    _, said = shown
+    before = re.search(r"right answers to (\d+) sums that it has never seen: (\d+\.\d)%", said)
+    after = re.search(r"right answers to the same (\d+) sums: (\d+\.\d)% → (\d+\.\d)%", said)
+    assert before
+    assert after
+    assert before[1] == after[1] == str(len(split()[1]))
+    assert before[2] == after[2]
+    assert re.search(r"\d+\.\d\d nats of KL per response", said)
+
+
+def test_it_shows_one_episode_token_by_token(shown: tuple[Path, str]) -> None:
+    _, said = shown
+    assert 'the prompt "What is 2 + 2?", which it has never been trained on' in said
+    header = next(line for line in said.splitlines() if "advantage" in line and "log π(a|s)" in line)
+    for column in ("step", "state", "action", "KL", "V(s)", "reward", "return"):
+        assert column in header
+    table = said[said.index(header) :].splitlines()
+    steps = [re.findall(r"[+-]\d\.\d{3}", line) for line in table if re.match(r"[│ ]*\d+ *│", line)]
+    assert 1 <= len(steps) <= 4
+    assert all(len(numbers) == 6 for numbers in steps)
+    assert "right: +1" in said or "wrong: −1" in said
+    assert "What to try next" in said
+
+
+def test_what_it_proposes_next_can_be_run(shown: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    run, said = shown
+    line = next(line for line in said.splitlines() if "tether generate" in line)
+    words = shlex.split(line)[1:]
+    policy = run / "checkpoints" / "iteration-000002" / "policy"
+    assert words[:3] == ["generate", "--model", str(policy)]
+    assert main(words) == 0
+    assert "What is" in capsys.readouterr().out
+    AutoModelForCausalLM.from_pretrained(policy)
+    assert AutoTokenizer.from_pretrained(policy)("What is 2 + 2?").input_ids
+
+
+def test_ppo_never_saw_the_held_out_sums(shown: tuple[Path, str]) -> None:
+    run, _ = shown
+    assert len(read_metrics(run)) == 2
+    train, held_out = split()
+    seen = {episode.prompt for episode in read_episodes(run, limit=10_000)}
+    assert seen == {question(problem) for problem in train}  # 256 prompts an iteration: each comes up
+    assert not seen & {question(problem) for problem in held_out}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_problems_are_split_without_overlap_and_two_plus_two_is_held_out(seed: int) -> None:
+    config = DemoConfig(seed=seed, largest=29, held_out=0.2)
+    train, held_out = split_problems(config, random.Random(seed))
+    assert len(train) + len(held_out) == 900 == len({*train, *held_out})
+    assert held_out[0] == (2, 2)
+    assert not {(b, a) for a, b in held_out} & {*train}  # nor the other way round
+    assert len(held_out) / 900 == pytest.approx(0.2, abs=0.02)
+    assert split_problems(config, random.Random(seed + 1))[1] != held_out
+
+
+@pytest.mark.slow
+def test_from_at_most_60_to_at_least_95_percent(tmp_path: Path) -> None:
+    result = demo(DemoConfig(output=str(tmp_path / "run")))
+    assert result.accuracy_before <= 0.60
+    assert result.accuracy_after >= 0.95
+    assert result.kl > 0
+    assert result.episode.prompt == "What is 2 + 2?"
