@@ -76,14 +76,15 @@ def _overview() -> str:
 def _quiet_libraries() -> None:
     """Tether shows its own progress; of the libraries only errors are of use here."""
     logging.basicConfig(format="tether: %(message)s", level=logging.INFO)
-    for name in ("httpx", "datasets", "filelock", "urllib3", "huggingface_hub", "matplotlib", "absl"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forks of a data loader would make it complain
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    # last, since some of them set their own level when they are imported
+    for name in ("httpx", "datasets", "filelock", "urllib3", "huggingface_hub", "absl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _ppo(arguments: list[str]) -> int:

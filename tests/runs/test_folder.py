@@ -66,7 +66,10 @@ def test_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
         run.log(1, {"score": 1.0})
         run.log_episodes(1, [episode()])
         run.save_checkpoint(1, lambda folder: save_state(folder, "state", {}))
-    with pytest.raises(UserError, match="holds a run already; go on with it by --resume, or choose another folder"):
+    with pytest.raises(
+        UserError,
+        match=r"holds a run already; go on with it by --resume, .* or replace it by --overwrite",
+    ):
         new(tmp_path)
     with new(tmp_path, overwrite=True) as run:
         assert run.latest_checkpoint() is None

@@ -82,7 +82,7 @@ class DemoResult:
 def demo(config: DemoConfig) -> DemoResult:
     """Run the demonstration and print it."""
     started = time.perf_counter()
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     rng = random.Random(config.seed)
     torch.manual_seed(config.seed)
     seen, held_out = split_problems(config, rng)

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tether.config import config_to_dict

@@ -78,7 +78,7 @@ class Proof:
 
 def prove(config: ProveConfig) -> Proof:
     """Train in the enumerable world, compare with the truth, and print both."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     started = time.perf_counter()
     torch.manual_seed(config.seed)
     tokenizer = _tokenizer()

@@ -135,6 +135,7 @@ class Learner:
             fused=True,
         )
 
+    @torch.no_grad()
     def credit(self, trajectories: Trajectories) -> tuple[Tensor, Tensor]:
         """Advantages and returns of a batch, both (N, T)."""
         return estimate(trajectories, self.advantage)

@@ -5,6 +5,7 @@ It knows `Episode` and nothing of where it came from.
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from tether.ppo import Episode
@@ -12,13 +13,13 @@ from tether.ppo import Episode
 
 def episode_table(episode: Episode) -> Table:
     """Steps from top to bottom, the columns of the trajectory from left to right."""
-    table = Table(title_justify="left", pad_edge=False)
-    table.add_column("step", justify="right")
-    table.add_column("state")
-    table.add_column("action", style="bold")
-    names = ["log π(a|s)"] + (["KL"] if episode.reference_log_probs else []) + ["V(s)", "reward", "advantage", "return"]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("step", justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("action", style="bold", no_wrap=True)
+    names = ["log π"] + (["KL"] if episode.reference_log_probs else []) + ["V(s)", "reward", "advantage", "return"]
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     state = "the prompt"
     for step, action in enumerate(episode.actions):
         numbers = [episode.log_probs[step]]

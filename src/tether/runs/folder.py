@@ -245,7 +245,10 @@ def refuse_run(folder: Path) -> None:
     """UserError where the folder holds a run, for those who would start another there."""
     names = (CONFIG_FILE, METRICS_FILE, EPISODES_FILE, CHECKPOINTS_FOLDER)
     if any((folder / name).exists() for name in names):
-        raise UserError(f"{folder}: holds a run already; go on with it by --resume, or choose another folder")
+        raise UserError(
+            f"{folder}: holds a run already; go on with it by --resume, choose another folder, "
+            "or replace it by --overwrite"
+        )
 
 
 def _clear(folder: Path) -> None:
