@@ -49,11 +49,11 @@ def test_it_shows_accuracy_before_and_after_on_sums_never_seen(shown: tuple[Path
 def test_it_shows_one_episode_token_by_token(shown: tuple[Path, str]) -> None:
     _, said = shown
     assert 'the prompt "What is 2 + 2?", which it has never been trained on' in said
-    header = next(line for line in said.splitlines() if "advantage" in line and "log π(a|s)" in line)
+    header = next(line for line in said.splitlines() if "advantage" in line and "log π" in line)
     for column in ("step", "state", "action", "KL", "V(s)", "reward", "return"):
         assert column in header
     table = said[said.index(header) :].splitlines()
-    steps = [re.findall(r"[+-]\d\.\d{3}", line) for line in table if re.match(r"[│ ]*\d+ *│", line)]
+    steps = [re.findall(r"[+-]\d\.\d{3}", line) for line in table if re.match(r" *\d+ ", line)]
     assert 1 <= len(steps) <= 4
     assert all(len(numbers) == 6 for numbers in steps)
     assert "right: +1" in said or "wrong: −1" in said

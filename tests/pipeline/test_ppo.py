@@ -202,6 +202,14 @@ def test_a_model_in_memory_keeps_its_precision_when_resumed(tmp_path: Path) -> N
     assert_same_run(tmp_path / "stopped", whole.folder)
 
 
+def test_resuming_with_another_reference_is_refused(tmp_path: Path) -> None:
+    config, given = settings(tmp_path, iterations=3), parts()
+    train_ppo(replace(config, iterations=2), given)
+    with pytest.raises(UserError, match="begun with another reference"):  # `given.model` was trained in place
+        train_ppo(config, given, resume=True)
+    train_ppo(config, parts(), resume=True)
+
+
 def test_the_kl_is_measured_against_another_model_where_one_is_named(tmp_path: Path) -> None:
     make_model(seed=7).save_pretrained(tmp_path / "reference")
     world, learner = build_ppo(settings(tmp_path, reference=str(tmp_path / "reference")), parts())

@@ -5,6 +5,7 @@ Weights are read from safetensors only; code that comes with a model is never ru
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -108,6 +109,14 @@ def prepare_model(model: PreTrainedModel, device: str = "cpu") -> PreTrainedMode
         parameter.data = parameter.data.clone()
     model.eval()
     return model
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 of a model's parameters, bit for bit."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

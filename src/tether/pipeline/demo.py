@@ -52,9 +52,9 @@ class DemoConfig:
     """Share of the problems that neither phase of training sees."""
     wrong: float = 0.4
     """Share of the answers that are wrong in the text for fine-tuning."""
-    sft_steps: int = 1500
+    sft_steps: int = 2000
     """Optimizer steps of fine-tuning."""
-    iterations: int = 60
+    iterations: int = 80
     """Iterations of PPO."""
 
     def __post_init__(self) -> None:
@@ -206,7 +206,7 @@ def _reinforce(
         advantage=AdvantageConfig(lam=1.0),
         learner=LearnerConfig(
             epochs=2,
-            learning_rate=4e-4,
+            learning_rate=3e-4,
             value_learning_rate=3e-3,
             schedule="linear",
             value_coefficient=0.1,

@@ -23,6 +23,7 @@ from tether.errors import UserError
 from tether.language.models import (
     check_vocabulary,
     context_length,
+    fingerprint,
     load_causal_lm,
     load_tokenizer,
     prepare_model,
@@ -169,6 +170,10 @@ def build_ppo(
     if checkpoint is not None:
         world.load_critic(checkpoint)
         state = load_state(checkpoint, "trainer")
+        if state["reference"] != fingerprint(reference):
+            raise UserError(
+                f"{config.output}: the run was begun with another reference; give the model as it was before training"
+            )
         world.load_state_dict(state["world"])
         learner.load_state_dict(state["learner"])
         set_random_states(state["random"])
@@ -211,6 +216,12 @@ def train_ppo(
             run.rewind(learner.iteration)
             run.update_config(config_to_dict(config))
         saved, newest = learner.iteration, found[1] if found else None
+        reference = fingerprint(world.reference)
+
+        def save() -> Path:
+            state = {**boundary, "learner": learner.state_dict(), "reference": reference}
+            return run.save_checkpoint(learner.iteration, lambda checkpoint: _write(checkpoint, world, state))
+
         # what changes while a batch is collected, as it was after the last iteration that is logged whole
         boundary, complete = _boundary(world), learner.iteration
         with _Interruption() as interruption:
@@ -224,7 +235,7 @@ def train_ppo(
                     boundary, complete = _boundary(world), iteration.number
                     due = iteration.number % config.checkpoint_every == 0 or iteration.number == config.iterations
                     if due or interruption.wanted:
-                        newest = _save(run, world, learner, boundary)
+                        newest = save()
                         saved = iteration.number
                     if report is not None:
                         report(iteration)
@@ -234,7 +245,7 @@ def train_ppo(
                 _keep_responses(folder, learner.iteration + 1, error)
                 # parameters, boundary and logs are of one iteration unless its update or its logging was broken off
                 if not learner.updating and learner.iteration == complete > saved:
-                    _save(run, world, learner, boundary)
+                    save()
                 raise
         assert newest is not None  # the last iteration has one, and so has an interrupted run
         return Trained(folder, newest / "policy", world, learner)
@@ -258,12 +269,9 @@ def _boundary(world: LanguageWorld) -> dict[str, Any]:
     return {"world": world.state_dict(), "random": random_states()}
 
 
-def _save(run: Run, world: LanguageWorld, learner: Learner, boundary: dict[str, Any]) -> Path:
-    def write(folder: Path) -> None:
-        world.save_policy(folder)
-        save_state(folder, "trainer", boundary | {"learner": learner.state_dict()})
-
-    return run.save_checkpoint(learner.iteration, write)
+def _write(checkpoint: Path, world: LanguageWorld, state: dict[str, Any]) -> None:
+    world.save_policy(checkpoint)
+    save_state(checkpoint, "trainer", state)
 
 
 def _keep_responses(folder: Path, iteration: int, error: BaseException) -> None:
