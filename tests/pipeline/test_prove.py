@@ -20,6 +20,8 @@ from tether.ppo import Learner
 
 SHORT = ["--iterations", "3", "--responses", "64"]
 
+BETA = ProveConfig().beta
+
 
 def number(text: str, label: str) -> float:
     found = re.search(rf"^{re.escape(label)}.*?([+-]?\d+\.\d+)(%?)\s*$", text, re.MULTILINE)
@@ -58,7 +60,7 @@ def enumerable(world: LanguageWorld, seed: int) -> tuple[EnumerableWorld, Callab
     reward = random_reward(seed, world.tokenizer)
     prompts = [(index,) for index in range(len(LETTERS))]
     eos = world.tokenizer.eos_token_id
-    return EnumerableWorld(prompts, len(world.tokenizer), eos, RESPONSE_TOKENS, reward, 0.25), reward
+    return EnumerableWorld(prompts, len(world.tokenizer), eos, RESPONSE_TOKENS, reward, BETA), reward
 
 
 @torch.no_grad()
@@ -89,12 +91,12 @@ def test_the_printed_numbers_are_those_of_the_enumerable_world(
         start = sequence_log_probs(world.reference, prompt, responses)
         scores = torch.tensor([reward(prompt, r) for r in responses], dtype=torch.float64)
         assert float(policy.exp().sum()) == pytest.approx(1.0, abs=1e-4)
-        normaliser = torch.logsumexp(start + scores / 0.25, dim=0)
-        objective += float((policy.exp() * (scores - 0.25 * (policy - start))).sum()) / 4
+        normaliser = torch.logsumexp(start + scores / BETA, dim=0)
+        objective += float((policy.exp() * (scores - BETA * (policy - start))).sum()) / 4
         reference_objective += float((start.exp() * scores).sum()) / 4
-        best += 0.25 * float(normaliser) / 4
+        best += BETA * float(normaliser) / 4
         kl += float((policy.exp() * (policy - start)).sum()) / 4
-        kl_to_best += float((policy.exp() * (policy - (start + scores / 0.25 - normaliser))).sum()) / 4
+        kl_to_best += float((policy.exp() * (policy - (start + scores / BETA - normaliser))).sum()) / 4
 
     printed = {label: number(said, label) for label in ("J(π_ref)", "J(π) ", "J*", "share", "KL(π‖π*)", "KL(π‖π_ref)")}
     share = (objective - reference_objective) / (best - reference_objective)
@@ -102,7 +104,7 @@ def test_the_printed_numbers_are_those_of_the_enumerable_world(
     for found, value in zip(printed.values(), expected, strict=True):
         assert found == pytest.approx(value, abs=2e-4)
     assert proof.evaluation.gap_closed == pytest.approx(share, abs=1e-4)
-    assert kl_to_best == pytest.approx((best - objective) / 0.25, abs=1e-3)  # J* − J(π) = β·KL(π‖π*)
+    assert kl_to_best == pytest.approx((best - objective) / BETA, abs=1e-3)  # J* − J(π) = β·KL(π‖π*)
 
 
 def test_the_critics_error_is_that_of_the_values_the_trainer_uses(
