@@ -213,7 +213,7 @@ def _reinforce(
         ),
     )
     parts = Parts(model, tokenizer, [question(problem) for problem in seen])
-    columns = ("score", "reward", "kl", "entropy", "clip_fraction", "explained_variance")
+    columns = ("score", "reward", "kl", "entropy", "clip_fraction")
     with Display(config.iterations, columns) as display:
         return train_ppo(settings, parts, report=lambda step: display.update(step.number, step.metrics))
 
