@@ -46,6 +46,7 @@ def start(how: str, stdout: int, stderr: int, **environment: str) -> int:
         return child
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         os.environ.update({"TERM": "xterm", **environment})
         logging.getLogger().handlers.clear()  # those of pytest
         os.dup2(stdout, 1)
