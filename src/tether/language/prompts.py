@@ -18,7 +18,7 @@ from tether.language.rows import Row, load_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Prompt", "PromptsConfig", "load_prompts", "load_rows", "prompts_from_rows"]
+__all__ = ["Prompt", "PromptsConfig", "load_prompts", "load_rows", "prompts_from_rows", "tokenize_text"]
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def prompts_from_rows(
                 "prompts.system is set, but the prompts are plain text: add `--prompts.chat`, or leave it out"
             )
         texts = [source for source in sources if isinstance(source, str)]
-        token_ids = _tokenize_text(tokenizer, texts)
+        token_ids = tokenize_text(tokenizer, texts)
     else:
         texts = _render_chats(tokenizer, sources, path)
         token_ids = _encode(tokenizer, texts, special_tokens=False)
@@ -130,7 +130,7 @@ def prompts_from_rows(
     for prompt in prompts:
         if not prompt.token_ids:
             raise UserError(f"{path}, row {prompt.row}: the tokenizer makes no token of the prompt {prompt.text!r}")
-    return _fitting(prompts, config, room, context_length, reserve)
+    return _fitting(prompts, config, path, room, context_length, reserve)
 
 
 def _room(config: PromptsConfig, context_length: int | None, reserve: int) -> int | None:
@@ -270,19 +270,24 @@ def _render_chats(tokenizer: PreTrainedTokenizerBase, sources: Sequence[str | Me
     return texts
 
 
-def _tokenize_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids with the tokenizer's special tokens, less an eos that it appends: the response comes before eos."""
-    full = _encode(tokenizer, texts, special_tokens=True)
+def tokenize_text(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special_tokens: bool = True
+) -> list[list[int]]:
+    """Token ids of texts to be continued: with the bos, if the tokenizer has that habit, less an eos that it appends.
+
+    An eos that is written in the text itself stays. `special_tokens=False` leaves the bos away too.
+    """
+    distinct = list(dict.fromkeys(texts))  # questions that come again and again are tokenized once
+    encoded = _encode(tokenizer, distinct, special_tokens=special_tokens)
     eos = tokenizer.eos_token_id
-    ending = [row for row, ids in enumerate(full) if _trailing(ids, eos)]
-    if not ending:
-        return full
-    plain = _encode(tokenizer, [texts[row] for row in ending], special_tokens=False)
-    for with_special, without in zip([full[row] for row in ending], plain, strict=True):
-        # An eos written in the text itself stays: only what the tokenizer added at the end is taken off.
-        while _trailing(with_special, eos) > _trailing(without, eos):
-            with_special.pop()
-    return full
+    ending = [index for index, ids in enumerate(encoded) if _trailing(ids, eos)]
+    if ending and special_tokens:
+        plain = _encode(tokenizer, [distinct[index] for index in ending], special_tokens=False)
+        for index, without in zip(ending, plain, strict=True):
+            while _trailing(encoded[index], eos) > _trailing(without, eos):
+                encoded[index].pop()
+    token_ids = dict(zip(distinct, encoded, strict=True))
+    return [list(token_ids[text]) for text in texts]
 
 
 def _trailing(ids: Sequence[int], token_id: int | None) -> int:
@@ -307,7 +312,12 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special_tok
 
 
 def _fitting(
-    prompts: list[Prompt], config: PromptsConfig, room: int | None, context_length: int | None, reserve: int
+    prompts: list[Prompt],
+    config: PromptsConfig,
+    path: str,
+    room: int | None,
+    context_length: int | None,
+    reserve: int,
 ) -> list[Prompt]:
     """The prompts with at most `room` tokens; the others are an error, or are left out and counted."""
     if room is None:
@@ -323,15 +333,15 @@ def _fitting(
     if config.overlong == "error":
         first = next(prompt for prompt in prompts if len(prompt.token_ids) > room)
         raise UserError(
-            f"{config.path}, row {first.row}: the prompt has {len(first.token_ids)} tokens, but {limit}: shorten it, "
+            f"{path}, row {first.row}: the prompt has {len(first.token_ids)} tokens, but {limit}: shorten it, "
             f"{remedy}, or leave such prompts out with `--prompts.overlong skip`"
         )
     if not fitting:
         shortest = min(len(prompt.token_ids) for prompt in prompts)
         raise UserError(
-            f"{config.path}: every one of the {len(prompts)} prompts is too long (the shortest has {shortest} tokens), "
+            f"{path}: every one of the {len(prompts)} prompts is too long (the shortest has {shortest} tokens), "
             f"as {limit}: {remedy}, or bring shorter prompts"
         )
     skipped = len(prompts) - len(fitting)
-    logger.warning("%s: skipped %d of %d prompts: %s tokens", config.path, skipped, len(prompts), limit)
+    logger.warning("%s: skipped %d of %d prompts: %s tokens", path, skipped, len(prompts), limit)
     return fitting

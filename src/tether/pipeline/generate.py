@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
 from tether.errors import UserError
 from tether.language.models import check_vocabulary, context_length, load_causal_lm, load_tokenizer
 from tether.language.policy import LanguagePolicy
-from tether.language.prompts import Prompt, PromptsConfig, load_prompts
+from tether.language.prompts import Prompt, PromptsConfig, load_prompts, prompts_from_rows
 from tether.language.sampler import Sampler, SamplingConfig
-from tether.pipeline.samples import encode_text, render_prompt
 
 
 @dataclass(frozen=True)
@@ -166,32 +164,12 @@ def write_row(file: TextIO, row: Mapping[str, Any]) -> None:
 
 
 def _prompts(config: GenerateConfig, sampler: Sampler) -> list[Prompt]:
-    context, reserve = context_length(sampler.policy.model), config.sampling.max_new_tokens
-    if config.prompt is None:
-        if not config.prompts.path:
-            raise UserError("no prompts given: write one with --prompt, or name a file with --prompts.path")
-        return load_prompts(config.prompts, sampler.tokenizer, context, reserve)
-    prompt = _one_prompt(config.prompt, config.prompts, sampler.tokenizer)
-    if context is not None and len(prompt.token_ids) + reserve > context:
-        raise UserError(
-            f"prompt: {len(prompt.token_ids)} tokens and sampling.max_new_tokens {reserve} are more than the model's "
-            f"context of {context}: shorten it, or lower max_new_tokens"
-        )
-    return [prompt]
-
-
-def _one_prompt(text: str, config: PromptsConfig, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    if config.chat:
-        system = [] if config.system is None else [{"role": "system", "content": config.system}]
-        messages = [*system, {"role": "user", "content": text}]
-        ids = render_prompt(messages, tokenizer, "prompt")
-        return Prompt(tokenizer.decode(ids), tuple(ids), messages, {}, 1)
-    if config.system is not None:
-        raise UserError("prompts.system is set, but the prompt is plain text: add `--prompts.chat`, or leave it out")
-    ids = encode_text([text], tokenizer)[0]
-    if not ids:
-        raise UserError(f"prompt: the tokenizer makes no token of {text!r}")
-    return Prompt(text, tuple(ids), text, {}, 1)
+    room = (context_length(sampler.policy.model), config.sampling.max_new_tokens)
+    if config.prompt is not None:
+        return prompts_from_rows([{"prompt": config.prompt}], config.prompts, sampler.tokenizer, *room)
+    if not config.prompts.path:
+        raise UserError("no prompts given: write one with --prompt, or name a file with --prompts.path")
+    return load_prompts(config.prompts, sampler.tokenizer, *room)
 
 
 def _show(console: Console, response: Response) -> None:

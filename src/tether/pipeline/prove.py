@@ -187,6 +187,7 @@ def _build(
             learning_rate=1e-3,
             value_learning_rate=3e-3,
             schedule="linear",
+            value_coefficient=4.0,
             microbatch_tokens=65536,
         ),
         AdvantageConfig(lam=1.0),

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tether.errors import UserError
 from tether.language.packing import TokenizedSamples
+from tether.language.prompts import tokenize_text
 
 Row = Mapping[str, Any]
 
@@ -130,21 +131,6 @@ def _check_columns(rows: Sequence[Row], columns: Sequence[str], origin: str) -> 
 # ---- text ----
 
 
-def encode_text(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, special_tokens: bool = True
-) -> list[list[int]]:
-    """Token ids as generation reads them: with the tokenizer's bos if it has that habit, never with its eos."""
-    distinct = list(dict.fromkeys(texts))  # questions that come again and again are tokenized once
-    encoded = tokenizer(distinct, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)
-    eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id
-    # Some tokenizers close every text with eos; one that the text itself ends with stays.
-    token_ids = {
-        text: ids[:-1] if ids and ids[-1] == eos_id and not text.endswith(eos) else ids
-        for text, ids in zip(distinct, encoded["input_ids"], strict=True)
-    }
-    return [token_ids[text] for text in texts]
-
-
 def _require_text(value: Any, column: str, place: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{place}: `{column}` holds {type(value).__name__}, expected text")
@@ -157,7 +143,7 @@ def _text_samples(
     column = row_format.text_column
     texts = [_require_text(row[column], column, place) for place, row in _places(rows, origin)]
     eos = tokenizer.eos_token_id
-    encoded = [_with_eos(ids, eos) for ids in encode_text(texts, tokenizer)]
+    encoded = [_with_eos(ids, eos) for ids in tokenize_text(tokenizer, texts)]
     return [_Sample(ids, [True] * len(ids)) for ids in encoded]
 
 
@@ -209,11 +195,11 @@ def _join(prompts: Sequence[str], completions: Sequence[str], tokenizer: PreTrai
     """
     if not prompts:
         return []
-    prompt_ids = encode_text(prompts, tokenizer)
-    joint_ids = encode_text([p + c for p, c in zip(prompts, completions, strict=True)], tokenizer)
+    prompt_ids = tokenize_text(tokenizer, prompts)
+    joint_ids = tokenize_text(tokenizer, [p + c for p, c in zip(prompts, completions, strict=True)])
     merged = [i for i, ids in enumerate(prompt_ids) if joint_ids[i][: len(ids)] != ids]
     if merged:
-        alone = encode_text([completions[i] for i in merged], tokenizer, special_tokens=False)
+        alone = tokenize_text(tokenizer, [completions[i] for i in merged], special_tokens=False)
         for i, ids in zip(merged, alone, strict=True):
             joint_ids[i] = prompt_ids[i] + ids
     samples, eos = [], tokenizer.eos_token_id
@@ -280,7 +266,7 @@ def _conversation(
     return _end_turns_with_eos(list(ids), is_target, tokenizer.eos_token_id)
 
 
-def render_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, place: str) -> list[int]:
+def _render_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, place: str) -> list[int]:
     """Token ids of a conversation that the assistant is to go on with."""
     _require_chat_template(tokenizer, place)
     return list(_render(messages, tokenizer, place, add_generation_prompt=True)["input_ids"])
@@ -310,7 +296,7 @@ def _targets_by_prefixes(
     for i in learned:
         if i == 0:
             raise UserError(f"{place}: the first message is the assistant's, expected one of the user or the system")
-        before = render_prompt(messages[:i], tokenizer, place)
+        before = _render_prompt(messages[:i], tokenizer, place)
         last = i == len(messages) - 1
         through = ids if last else list(_render(messages[: i + 1], tokenizer, place)["input_ids"])
         if ids[: len(before)] != before or ids[: len(through)] != through:
