@@ -14,7 +14,7 @@ from tests.toy import ToyPolicy, gradient, trajectories
 from tether.ppo import AdvantageConfig, KLConfig, KLController, Learner, LearnerConfig, Trajectories
 
 SHARES = (slice(0, 5), slice(5, 8))  # rows of rank 0 and of rank 1: not the same number
-AGGREGATIONS = ("token", "sequence")
+AGGREGATIONS = ("step", "episode")
 
 
 def whole_batch() -> Trajectories:

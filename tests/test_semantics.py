@@ -126,26 +126,26 @@ def split(batch: Trajectories, row: int) -> tuple[list[int], list[int]]:
 # ---- 2: gradients do not depend on how a batch is cut, padded, packed or spread --------------------------------------
 
 
-@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+@pytest.mark.parametrize("aggregation", ["step", "episode"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_point_2_microbatch_size(kind: str, aggregation: str) -> None:
     world, batch, advantages, returns = lm_batch(kind)
     config = LearnerConfig(aggregation=aggregation, entropy_coefficient=0.02)
     kl = KLConfig(beta=0.1, placement="loss")
-    expected = gradient(world.policy, batch, advantages, returns, replace(config, microbatch_tokens=10**6), kl)
+    expected = gradient(world.policy, batch, advantages, returns, replace(config, microbatch_size=10**6), kl)
     for tokens in (1, 23, 40, 100):
-        found = gradient(world.policy, batch, advantages, returns, replace(config, microbatch_tokens=tokens), kl)
+        found = gradient(world.policy, batch, advantages, returns, replace(config, microbatch_size=tokens), kl)
         assert relative_error(found, expected) < EXACT, tokens
 
 
-@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+@pytest.mark.parametrize("aggregation", ["step", "episode"])
 def test_point_2_the_loss_is_the_mean_over_valid_steps_written_as_a_loop(aggregation: str) -> None:
     """Σ over valid steps / their number (token), or the mean over episodes of each one's mean (sequence)."""
     policy = ToyPolicy()
     batch = trajectories(policy, episodes=9, seed=2)
     advantages, returns = estimate(batch, AdvantageConfig())
     config = LearnerConfig(aggregation=aggregation, entropy_coefficient=0.1, value_coefficient=0.7)
-    found = gradient(policy, batch, advantages, returns, replace(config, microbatch_tokens=7))
+    found = gradient(policy, batch, advantages, returns, replace(config, microbatch_size=7))
     now = policy.evaluate(batch.context, batch.actions, batch.mask)
     episodes = []
     for row in range(len(batch)):
@@ -156,7 +156,7 @@ def test_point_2_the_loss_is_the_mean_over_valid_steps_written_as_a_loop(aggrega
             error = (now.values[row, t] - returns[row, t]) ** 2 / 2
             steps.append(-surrogate + 0.7 * error - 0.1 * now.entropy[row, t])
         episodes.append(torch.stack(steps))
-    loss = torch.cat(episodes).mean() if aggregation == "token" else torch.stack([e.mean() for e in episodes]).mean()
+    loss = torch.cat(episodes).mean() if aggregation == "step" else torch.stack([e.mean() for e in episodes]).mean()
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(policy.parameters()))])
     assert relative_error(found, expected) < EXACT
 
@@ -181,7 +181,7 @@ def repadded(context: TokenContext, left: int, right: int) -> TokenContext:
 def test_point_2_padding_side_and_amount(kind: str, left: int, right: int) -> None:
     world, batch, advantages, returns = lm_batch(kind, sampling=SAMPLINGS["both"])
     elsewhere = replace(batch, context=repadded(batch.context, left, right))
-    config = LearnerConfig(entropy_coefficient=0.02, microbatch_tokens=60)
+    config = LearnerConfig(entropy_coefficient=0.02, microbatch_size=60)
     expected = gradient(world.policy, batch, advantages, returns, config)
     assert relative_error(gradient(world.policy, elsewhere, advantages, returns, config), expected) < EXACT
 
@@ -220,10 +220,10 @@ def test_point_2_steps_beyond_the_mask_weigh_nothing() -> None:
             torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+@pytest.mark.parametrize("aggregation", ["step", "episode"])
 def test_point_2_packing_order(aggregation: str) -> None:
     world, batch, advantages, returns = lm_batch("llama")
-    config = LearnerConfig(aggregation=aggregation, microbatch_tokens=45)
+    config = LearnerConfig(aggregation=aggregation, microbatch_size=45)
     expected = gradient(world.policy, batch, advantages, returns, config)
     for seed in range(3):
         order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
@@ -580,7 +580,7 @@ def test_point_7_dropout_is_off_in_the_reference_and_stays_off_while_learning() 
 CHANGED: dict[str, Any] = {
     "epochs": 2,
     "minibatches": 2,
-    "microbatch_tokens": 5,
+    "microbatch_size": 5,
     "learning_rate": 2e-3,
     "value_learning_rate": 5e-3,
     "schedule": "linear",
@@ -597,10 +597,10 @@ CHANGED: dict[str, Any] = {
     "value_coefficient": 2.0,
     "value_clip": 0.01,
     "entropy_coefficient": 0.5,
-    "aggregation": "sequence",
+    "aggregation": "episode",
     "target_kl": 1e-9,
 }
-WITHOUT_EFFECT = {"microbatch_tokens"}
+WITHOUT_EFFECT = {"microbatch_size"}
 
 
 def trained(config: LearnerConfig, iterations: int = 2) -> tuple[ToyPolicy, list[dict[str, float]]]:
@@ -794,7 +794,7 @@ def start_run(seed: int, iterations: int = 2) -> tuple[LanguageWorld, Learner]:
     world = make_world("llama", sampling, KLConfig(beta=0.1, target=1.0, horizon=50), CollectConfig(4, 2), seed=3)
     world.generator.manual_seed(seed)
     world.sampler.generator.manual_seed(seed)
-    config = LearnerConfig(epochs=2, minibatches=3, learning_rate=1e-3, microbatch_tokens=64, schedule="linear")
+    config = LearnerConfig(epochs=2, minibatches=3, learning_rate=1e-3, microbatch_size=64, schedule="linear")
     return world, Learner(world.policy, config, kl=world.kl, iterations=iterations, seed=seed)
 
 

@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tether.episode import Episode
     from tether.errors import RewardError, UserError
     from tether.language.environment import TokenEnv
     from tether.language.policy import LanguagePolicy
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
     from tether.pipeline.evaluate import EvalConfig, evaluate
     from tether.pipeline.ppo import Parts, PPOConfig, Trained, build_ppo, train_ppo
     from tether.pipeline.sft import SFTConfig, fine_tune, sft
-    from tether.ppo import AdvantageConfig, Episode, KLConfig, Learner, LearnerConfig, Trajectories
+    from tether.ppo import AdvantageConfig, KLConfig, Learner, LearnerConfig, Trajectories
     from tether.rewards import Rewards, RewardsConfig, check_reward
     from tether.runs import read_episodes, read_metrics
     from tether.train import Iteration, World, iterate
 
 _HOMES = {
+    "tether.episode": ("Episode",),
     "tether.errors": ("RewardError", "UserError"),
     "tether.language.environment": ("TokenEnv",),
     "tether.language.policy": ("LanguagePolicy",),
@@ -38,7 +40,7 @@ _HOMES = {
     "tether.pipeline.evaluate": ("EvalConfig", "evaluate"),
     "tether.pipeline.ppo": ("PPOConfig", "Parts", "Trained", "build_ppo", "train_ppo"),
     "tether.pipeline.sft": ("SFTConfig", "fine_tune", "sft"),
-    "tether.ppo": ("AdvantageConfig", "Episode", "KLConfig", "Learner", "LearnerConfig", "Trajectories"),
+    "tether.ppo": ("AdvantageConfig", "KLConfig", "Learner", "LearnerConfig", "Trajectories"),
     "tether.rewards": ("Rewards", "RewardsConfig", "check_reward"),
     "tether.runs": ("read_episodes", "read_metrics"),
     "tether.train": ("Iteration", "World", "iterate"),

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from tether.ppo import ActorCritic, Episode, Learner, Trajectories
+from tether.episode import Episode
+from tether.ppo import ActorCritic, Learner, Trajectories
 
 
 class World(Protocol):

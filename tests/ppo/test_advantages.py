@@ -122,7 +122,7 @@ def test_grpo_of_equal_rewards_is_zero_not_noise() -> None:
 @pytest.mark.parametrize("groups", [None, torch.tensor([0, 0, 0, 1])])
 def test_a_group_of_one_has_no_baseline(estimator: str, groups: Tensor | None) -> None:
     batch = replace(trajectories(ToyPolicy(), episodes=4), groups=groups)
-    with pytest.raises(ValueError, match="at least 2 responses per prompt"):
+    with pytest.raises(ValueError, match="at least 2 episodes from each start"):
         estimate(batch, AdvantageConfig(estimator))
 
 

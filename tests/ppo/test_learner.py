@@ -151,7 +151,7 @@ def test_microbatches_keep_to_the_budget() -> None:
     policy = Watched()
     batch = trajectories(policy, episodes=20, steps=9)
     sizes.clear()
-    Learner(policy, LearnerConfig(epochs=1, minibatches=1, microbatch_tokens=18)).update(
+    Learner(policy, LearnerConfig(epochs=1, minibatches=1, microbatch_size=18)).update(
         batch, batch.rewards, batch.rewards
     )
     assert all(rows == 1 or rows * longest <= 18 for rows, longest in sizes)
@@ -244,7 +244,7 @@ def test_it_learns_the_best_of_four_actions(estimator: Any) -> None:
     [
         ("epochs", 0),
         ("minibatches", 0),
-        ("microbatch_tokens", 0),
+        ("microbatch_size", 0),
         ("learning_rate", -1.0),
         ("learning_rate", math.nan),
         ("value_learning_rate", 0.0),

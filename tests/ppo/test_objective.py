@@ -41,11 +41,11 @@ def test_value_loss_with_and_without_clip() -> None:
 
 def test_token_weights_are_equal_and_sum_to_one() -> None:
     mask = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 0]], dtype=torch.bool)
-    torch.testing.assert_close(step_weights(mask, "token"), mask / 5)
+    torch.testing.assert_close(step_weights(mask, "step"), mask / 5)
 
 
 def test_sequence_weights_share_an_episodes_part_among_its_steps() -> None:
     """An episode without a valid step has no part."""
     mask = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 0]], dtype=torch.bool)
     expected = torch.tensor([[1 / 6] * 3, [1 / 4, 0, 1 / 4], [0, 0, 0]])
-    torch.testing.assert_close(step_weights(mask, "sequence"), expected)
+    torch.testing.assert_close(step_weights(mask, "episode"), expected)

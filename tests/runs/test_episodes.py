@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tether.episode import Episode
 from tether.errors import UserError
-from tether.ppo.trajectories import Episode
 from tether.runs import count_episodes, read_episode, read_episodes
 from tether.runs.episodes import EpisodeStore
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tether.episode import Episode
 from tether.errors import UserError
-from tether.ppo.trajectories import Episode
 from tether.runs import (
     Run,
     count_episodes,

@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tether.episode import Episode
 from tether.errors import RewardError, UserError
 from tether.language.policy import LanguagePolicy, TokenContext, reference_log_probs
 from tether.language.prompts import Prompt
 from tether.language.sampler import Sampler, Samples
-from tether.ppo import Episode, KLController, Trajectories
+from tether.ppo import KLController, Trajectories
 from tether.ppo.advantages import scale_and_clip
 from tether.ppo.kl import estimate_kl, penalised_rewards
 from tether.ppo.trajectories import last_step

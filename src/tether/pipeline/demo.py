@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tether.episode import Episode
 from tether.language.models import prepare_model
 from tether.language.policy import LanguagePolicy
 from tether.language.prompts import Prompt
@@ -29,7 +30,7 @@ from tether.language.sampler import Sampler, SamplingConfig
 from tether.language.world import CollectConfig, LanguageWorld
 from tether.pipeline.ppo import Parts, PPOConfig, Trained, train_ppo
 from tether.pipeline.sft import SFTConfig, fine_tune
-from tether.ppo import AdvantageConfig, Episode, KLConfig, Learner, LearnerConfig
+from tether.ppo import AdvantageConfig, KLConfig, Learner, LearnerConfig
 from tether.rewards import Rewards, RewardsConfig
 from tether.runs import Display
 from tether.runs.episode_table import episode_table
@@ -209,7 +210,7 @@ def _reinforce(
             value_learning_rate=3e-3,
             schedule="linear",
             value_coefficient=0.1,
-            microbatch_tokens=16384,
+            microbatch_size=16384,
         ),
     )
     parts = Parts(model, tokenizer, [question(problem) for problem in seen])

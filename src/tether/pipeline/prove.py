@@ -188,7 +188,7 @@ def _build(
             value_learning_rate=3e-3,
             schedule="linear",
             value_coefficient=4.0,
-            microbatch_tokens=65536,
+            microbatch_size=65536,
         ),
         AdvantageConfig(lam=1.0),
         kl,

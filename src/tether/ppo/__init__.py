@@ -3,13 +3,12 @@
 from tether.ppo.advantages import AdvantageConfig
 from tether.ppo.kl import KLConfig, KLController
 from tether.ppo.learner import Learner, LearnerConfig
-from tether.ppo.trajectories import ActorCritic, Context, Episode, Evaluation, Trajectories
+from tether.ppo.trajectories import ActorCritic, Context, Evaluation, Trajectories
 
 __all__ = [
     "ActorCritic",
     "AdvantageConfig",
     "Context",
-    "Episode",
     "Evaluation",
     "KLConfig",
     "KLController",

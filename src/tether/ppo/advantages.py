@@ -21,10 +21,10 @@ class AdvantageConfig:
     """How rewards become advantages."""
 
     estimator: Literal["gae", "rloo", "grpo"] = "gae"
-    """gae: a critic's values (Schulman et al. 2016). rloo, grpo: the other responses to the same prompt are the
-    baseline, no critic is trained, and each prompt needs at least two responses."""
+    """gae: a critic's values (Schulman et al. 2016). rloo, grpo: the other episodes from the same start are the
+    baseline, no critic is trained, and each start needs at least two episodes."""
     gamma: float = 1.0
-    """Discount γ per step. 1 for language (an episode is one response); 0.99 is usual in control."""
+    """Discount γ per step. 1 where episodes are short and scored at the end; 0.99 is usual where they are long."""
     lam: float = 0.95
     """GAE's λ: 0 trusts the critic alone, 1 the observed rewards alone. 0.95: Schulman et al. 2017, section 6."""
     whiten: bool | None = None
@@ -61,17 +61,29 @@ def gae(trajectories: Trajectories, gamma: float, lam: float) -> tuple[Tensor, T
     """
     rewards, values, mask = trajectories.rewards, trajectories.values, trajectories.mask
     ended = trajectories.terminated | trajectories.truncated
-    advantages = torch.zeros_like(rewards)
-    next_value = next_advantage = rewards.new_zeros(len(rewards))
-    for t in reversed(range(rewards.shape[1])):
-        beyond_end = trajectories.bootstrap_values[:, t].masked_fill(trajectories.terminated[:, t], 0.0)
-        successor = torch.where(ended[:, t], beyond_end, next_value)
-        delta = rewards[:, t] + gamma * successor - values[:, t]
-        advantage = delta + gamma * lam * next_advantage.masked_fill(ended[:, t], 0.0)
-        advantages[:, t] = advantage.masked_fill(~mask[:, t], 0.0)
-        next_value = torch.where(mask[:, t], values[:, t], next_value)
-        next_advantage = torch.where(mask[:, t], advantage, next_advantage)
+    beyond_end = trajectories.bootstrap_values.masked_fill(trajectories.terminated, 0.0)
+    successor = torch.where(ended, beyond_end, _next_valid(values, mask))
+    # outside the mask nothing is added and nothing fades: what comes later passes through
+    delta = (rewards + gamma * successor - values).masked_fill(~mask, 0.0)
+    fade = torch.full_like(delta, gamma * lam).masked_fill(ended, 0.0).masked_fill(~mask, 1.0)
+    advantages = torch.empty_like(delta)
+    advantage = delta.new_zeros(len(delta))
+    for t, (delta_t, fade_t) in enumerate(zip(delta.T.flip(0), fade.T.flip(0), strict=True), start=1):
+        advantage = torch.addcmul(delta_t, fade_t, advantage)
+        advantages[:, -t] = advantage
+    advantages = advantages.masked_fill(~mask, 0.0)
     return advantages, (advantages + values).masked_fill(~mask, 0.0)
+
+
+def _next_valid(values: Tensor, mask: Tensor) -> Tensor:
+    """(N, T): the value of the next step of the mask, 0 where there is none."""
+    steps = values.shape[1]
+    own = torch.arange(steps, device=values.device).expand_as(mask).masked_fill(~mask, steps)
+    # the first step of the mask from t on, seen from the step before
+    first = own.flip(1).cummin(dim=1).values.flip(1)
+    none = values.new_zeros(len(values), 1)
+    following = torch.cat([first[:, 1:], torch.full_like(first[:, :1], steps)], dim=1)
+    return torch.cat([values, none], dim=1).gather(1, following)
 
 
 def rewards_to_go(trajectories: Trajectories, gamma: float) -> Tensor:
@@ -95,7 +107,7 @@ def group_advantages(trajectories: Trajectories, normalise: bool) -> Tensor:
     _, member_of = torch.unique(groups, return_inverse=True)
     size = torch.bincount(member_of).to(total.dtype)
     if bool((size < 2).any()):
-        raise ValueError("rloo and grpo need at least 2 responses per prompt; with one, use the estimator gae")
+        raise ValueError("rloo and grpo need at least 2 episodes from each start; with one, use the estimator gae")
     mean = torch.zeros_like(size).index_add_(0, member_of, total) / size
     centred = total - mean[member_of]
     if normalise:

@@ -28,7 +28,7 @@ class KLConfig:
     loss_estimator: Estimator = "k2"
     """Estimator used when placement is loss. On the policy's own samples k2 has the gradient of the reverse KL."""
     target: float | None = None
-    """Nats per response at which an adaptive β aims. None: β stays fixed."""
+    """Nats per episode at which an adaptive β aims. None: β stays fixed."""
     horizon: int = 10_000
     """Adaptive β: episodes over which a constant error of 20 % would change β by 20 % (Ziegler et al. 2019)."""
 
@@ -74,7 +74,7 @@ class KLController:
         self.beta = config.beta
 
     def update(self, kl: float, episodes: int) -> None:
-        """Proportional control in log space (equation 2 of Ziegler et al. 2019): kl in nats per response."""
+        """The proportional controller in log space (equation 2 of Ziegler et al. 2019): kl in nats per episode."""
         if self.config.target is None:
             return
         error = min(max(kl / self.config.target - 1.0, -0.2), 0.2)

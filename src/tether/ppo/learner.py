@@ -29,8 +29,9 @@ class LearnerConfig:
     """Passes over each batch. 4: Ziegler et al. 2019."""
     minibatches: int = 4
     """Optimizer steps per epoch; the batch is cut into so many parts at random."""
-    microbatch_tokens: int = 8192
-    """Tokens (padding included) that go through the model at once. Changes memory and speed, never the result."""
+    microbatch_size: int = 8192
+    """The most that goes through the model at once, padding included: Σ of what a context gives as `lengths`. Changes
+    memory and speed, never the result."""
     learning_rate: float = 1e-5
     """Of the policy, its trunk included."""
     value_learning_rate: float | None = None
@@ -46,7 +47,7 @@ class LearnerConfig:
     adam_beta2: float = 0.999
     """Adam's decay of the second moment (Kingma and Ba 2015)."""
     adam_epsilon: float = 1e-8
-    """Adam's ε. 1e-8: Kingma and Ba 2015; the control literature often takes 1e-5 (Huang et al. 2022, detail 3)."""
+    """Adam's ε. 1e-8: Kingma and Ba 2015; many take 1e-5 (Huang et al. 2022, detail 3)."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
     max_gradient_norm: float = 1.0
@@ -63,13 +64,13 @@ class LearnerConfig:
     """Clip V to V_old ± this and take the larger loss. None: off, which Andrychowicz et al. 2021 found better."""
     entropy_coefficient: float = 0.0
     """Weight of the entropy bonus."""
-    aggregation: Literal["token", "sequence"] = "token"
-    """token: every step of a minibatch weighs the same. sequence: every episode does."""
+    aggregation: Literal["step", "episode"] = "step"
+    """step: every step of a minibatch weighs the same. episode: every episode does."""
     target_kl: float | None = None
     """Stop updating on a batch once the approximate KL(π_old‖π) per step of a minibatch exceeds this. None: never."""
 
     def __post_init__(self) -> None:
-        at_least = {"epochs": 1, "minibatches": 1, "microbatch_tokens": 1}
+        at_least = {"epochs": 1, "minibatches": 1, "microbatch_size": 1}
         not_negative = dict.fromkeys(
             ("learning_rate", "warmup_iterations", "value_warmup_iterations", "weight_decay", "max_gradient_norm",
              "clip_low", "clip_high", "value_coefficient", "entropy_coefficient", "adam_beta1", "adam_beta2"), 0
@@ -143,13 +144,20 @@ class Learner:
     def update(self, trajectories: Trajectories, advantages: Tensor, returns: Tensor) -> dict[str, float]:
         """One iteration of PPO on a batch; returns its metrics.
 
+        Where steps stand alone (`Trajectories.markov`) they are what is shuffled into minibatches, else episodes are.
+
         Raises:
             FloatingPointError: a gradient is not finite; the parameters are those before the bad step.
         """
         config = self.config
+        kl = self._kl_per_episode(trajectories)
+        if trajectories.markov:
+            advantages, returns = (x[trajectories.mask].unsqueeze(1) for x in (advantages, returns))
+            trajectories = trajectories.steps()
         if len(trajectories) < config.minibatches:
+            what = "steps" if trajectories.markov else "episodes"
             raise ValueError(
-                f"{len(trajectories)} episodes cannot be cut into {config.minibatches} minibatches; lower minibatches"
+                f"{len(trajectories)} {what} cannot be cut into {config.minibatches} minibatches; lower minibatches"
             )
         self.updating = True
         rates = self._set_learning_rates()
@@ -171,7 +179,9 @@ class Learner:
         metrics = total.means() | rates | {"optimizer_steps": float(total.count), "stopped_early": float(stopped)}
         if self.advantage.uses_critic:
             metrics["explained_variance"] = explained_variance(trajectories.values, returns, trajectories.mask)
-        metrics |= self._tell_kl_controller(trajectories)
+        if kl is not None:
+            metrics["beta"] = self.kl.beta
+            self.kl.update(*kl)
         return metrics
 
     def _accumulate_gradients(
@@ -221,12 +231,12 @@ class Learner:
         return {"loss": loss} | reported
 
     def _microbatches(self, lengths: Tensor) -> Iterator[Tensor]:
-        """Indices into `lengths` (n,), longest first, in parts of at most `microbatch_tokens` tokens with padding."""
+        """Indices into `lengths` (n,), longest first, in parts of at most `microbatch_size` with padding."""
         order = torch.argsort(lengths, descending=True, stable=True)
         start = 0
         while start < len(order):
             longest = max(1, int(lengths[order[start]]))
-            rows = max(1, self.config.microbatch_tokens // longest)
+            rows = max(1, self.config.microbatch_size // longest)
             yield order[start : start + rows]
             start += rows
 
@@ -262,14 +272,14 @@ class Learner:
             group["lr"] = rates[name]
         return rates
 
-    def _tell_kl_controller(self, trajectories: Trajectories) -> dict[str, float]:
+    def _kl_per_episode(self, trajectories: Trajectories) -> tuple[float, int] | None:
+        """KL(π‖π_ref) in nats per episode, by k1, and how many episodes ended; None without a reference."""
         if trajectories.reference_log_probs is None:
-            return {}
-        k1 = estimate_kl(trajectories.log_probs, trajectories.reference_log_probs, "k1")
-        kl, episodes = all_sum(torch.stack([k1[trajectories.mask].sum(), k1.new_tensor(len(trajectories))])).tolist()
-        beta = self.kl.beta
-        self.kl.update(kl / episodes, int(episodes))
-        return {"beta": beta}
+            return None
+        k1 = estimate_kl(trajectories.log_probs, trajectories.reference_log_probs, "k1")[trajectories.mask].sum()
+        ends = (trajectories.terminated | trajectories.truncated).sum()
+        total, episodes = all_sum(torch.stack([k1, ends.to(k1.dtype)])).tolist()
+        return total / max(episodes, 1.0), int(episodes)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the parameters of the policy: optimizer moments, random state, β, iteration."""

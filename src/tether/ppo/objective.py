@@ -49,14 +49,14 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: 
     return loss / 2
 
 
-def step_weights(mask: Tensor, aggregation: Literal["token", "sequence"]) -> Tensor:
+def step_weights(mask: Tensor, aggregation: Literal["step", "episode"]) -> Tensor:
     """(N, T) weights that sum to 1 over all ranks: a loss is Σ weight · loss of the step, however a batch is cut.
 
-    token: every valid step counts the same. sequence: every episode counts the same, its steps share its weight
+    step: every valid step counts the same. episode: every episode counts the same, its steps share its weight
     (the mean of means in GRPO's equation 3).
     """
     valid = mask.to(torch.float32)
-    if aggregation == "token":
+    if aggregation == "step":
         return valid / all_sum(valid.sum())
     steps = valid.sum(dim=1, keepdim=True)
     return valid / steps.clamp(min=1) / all_sum((steps > 0).sum())

@@ -7,7 +7,7 @@ N = episodes, T = steps of the longest episode, A = size of a vector action.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -19,11 +19,15 @@ class Context(Protocol):
 
     @property
     def lengths(self) -> Tensor:
-        """(N,) int: what each episode costs to evaluate, in tokens or steps."""
+        """(N,) int: what each row costs to evaluate, in a unit of the context's own."""
         ...
 
     def select(self, rows: Tensor) -> Context:
         """The context of these rows alone, with padding that no row needs cut off."""
+        ...
+
+    def steps(self, mask: Tensor) -> Context:
+        """The n steps where `mask` (N, T) is True as rows of one step each; asked for only where steps stand alone."""
         ...
 
 
@@ -56,6 +60,9 @@ class ActorCritic(Protocol):
 class Trajectories:
     """Episodes as tensors, right-padded to the longest. Steps where `mask` is False carry no meaning.
 
+    A row is one episode, or a stretch of time in which several follow each other: `terminated` and `truncated` say where
+    they end, and a stretch that ends while an episode goes on is truncated there.
+
     Attributes:
         actions: (N, T) or (N, T, A), what was done.
         log_probs: (N, T), log π_old(a|s) of the distribution that was really sampled.
@@ -68,6 +75,7 @@ class Trajectories:
         context: what `ActorCritic.evaluate` needs to see the states again.
         reference_log_probs: (N, T), log π_ref(a|s), or None where there is no reference policy.
         groups: (N,) int, episodes that share a start have the same number; None when no two do.
+        markov: the context shows each step's whole state, so that steps can be told apart from their episodes.
     """
 
     actions: Tensor
@@ -81,6 +89,7 @@ class Trajectories:
     context: Any
     reference_log_probs: Tensor | None = None
     groups: Tensor | None = None
+    markov: bool = False
 
     def __post_init__(self) -> None:
         shape = tuple(self.mask.shape)
@@ -107,6 +116,14 @@ class Trajectories:
         cut["groups"] = None if self.groups is None else self.groups[rows]
         return replace(self, **cut)
 
+    def steps(self) -> Trajectories:
+        """Every valid step as a row of its own, (n, 1), in the order of the mask; only where `markov`."""
+        alone: dict[str, Any] = {}
+        for name in _STEPWISE:
+            tensor = getattr(self, name)
+            alone[name] = None if tensor is None else tensor[self.mask].unsqueeze(1)
+        return replace(self, **alone, context=self.context.steps(self.mask), groups=None)
+
 
 _STEPWISE = (
     "actions",
@@ -125,26 +142,3 @@ def last_step(mask: Tensor) -> Tensor:
     """(N,) int: index of each episode's last valid step; −1 for an episode without one."""
     steps = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     return (mask * steps).amax(dim=1) - 1 if mask.shape[1] else mask.new_full((len(mask),), -1, dtype=torch.long)
-
-
-@dataclass(frozen=True)
-class Episode:
-    """One trajectory for people and for storage: plain numbers and text, no tensors.
-
-    The lists have one entry per step. `score` is what the world gave for the whole episode, before any penalty.
-    """
-
-    prompt: str
-    response: str
-    score: float
-    terminated: bool
-    truncated: bool
-    actions: list[str]
-    action_ids: list[Any]
-    log_probs: list[float]
-    values: list[float]
-    rewards: list[float]
-    advantages: list[float]
-    returns: list[float]
-    reference_log_probs: list[float] | None = None
-    details: dict[str, Any] = field(default_factory=dict)

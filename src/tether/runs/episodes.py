@@ -15,6 +15,8 @@ Knows `Episode` and SQL; nothing of training. The table, in `episodes.db` (write
       details       TEXT                  JSON object: the world's own facts, such as the parts of the score
       actions       TEXT                  JSON list of text, one per step
       action_ids    TEXT                  JSON list, one per step: a token id, or a control
+      states        TEXT                  JSON list of text, one per step: what was observed before the action (NULL where
+                                          that is the prompt and the actions so far)
       log_probs, "values", rewards, advantages, returns, reference_log_probs
                     BLOB                  one little-endian float32 per step: numpy.frombuffer(blob, "<f4")
                                           (reference_log_probs NULL without a reference)
@@ -35,8 +37,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tether.episode import Episode
 from tether.errors import UserError
-from tether.ppo.trajectories import Episode
 
 EPISODES_FILE = "episodes.db"
 
@@ -46,7 +48,7 @@ CREATE TABLE IF NOT EXISTS episodes (
   prompt TEXT NOT NULL, response TEXT NOT NULL,
   score REAL, reward REAL, length INTEGER NOT NULL, kl REAL,
   terminated INTEGER NOT NULL, truncated INTEGER NOT NULL,
-  details TEXT NOT NULL, actions TEXT NOT NULL, action_ids TEXT NOT NULL,
+  details TEXT NOT NULL, actions TEXT NOT NULL, action_ids TEXT NOT NULL, states TEXT,
   log_probs BLOB NOT NULL, "values" BLOB NOT NULL, rewards BLOB NOT NULL,
   advantages BLOB NOT NULL, returns BLOB NOT NULL, reference_log_probs BLOB
 );
@@ -54,7 +56,7 @@ CREATE INDEX IF NOT EXISTS episodes_by_iteration ON episodes (iteration, score);
 CREATE INDEX IF NOT EXISTS episodes_by_score ON episodes (score);
 """
 _ARRAYS = ("log_probs", "values", "rewards", "advantages", "returns", "reference_log_probs")
-_JSON = ("details", "actions", "action_ids")
+_JSON = ("details", "actions", "action_ids", "states")
 _COLUMNS = (
     *("iteration", "position", "prompt", "response", "score", "reward", "length", "kl", "terminated", "truncated"),
     *_JSON,
@@ -184,7 +186,7 @@ def _row(iteration: int, position: int, episode: Episode) -> tuple[Any, ...]:
     return (
         *(iteration, position, episode.prompt, episode.response, episode.score),
         *(sum(episode.rewards), len(episode.log_probs), _kl(episode), episode.terminated, episode.truncated),
-        *(json.dumps(getattr(episode, name), ensure_ascii=False) for name in _JSON),
+        *(_to_json(getattr(episode, name)) for name in _JSON),
         *(_pack(getattr(episode, name)) for name in _ARRAYS),
     )
 
@@ -192,7 +194,7 @@ def _row(iteration: int, position: int, episode: Episode) -> tuple[Any, ...]:
 def _stored(row: Any) -> StoredEpisode:
     values: dict[str, Any] = {f.name: row[f.name] for f in fields(StoredEpisode)}
     for name in _JSON:
-        values[name] = json.loads(values[name])
+        values[name] = None if values[name] is None else json.loads(values[name])
     for name in _ARRAYS:
         values[name] = None if values[name] is None else np.frombuffer(values[name], "<f4").tolist()
     for name in ("terminated", "truncated"):
@@ -202,6 +204,10 @@ def _stored(row: Any) -> StoredEpisode:
     if values["kl"] is None and values["reference_log_probs"] is not None:
         values["kl"] = math.nan
     return StoredEpisode(**values)
+
+
+def _to_json(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _pack(numbers: list[float] | None) -> bytes | None:

@@ -22,8 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from tether.episode import Episode
 from tether.errors import UserError
-from tether.ppo.trajectories import Episode
 from tether.yaml_file import dump_yaml, read_yaml
 
 from . import checkpoints

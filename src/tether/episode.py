@@ -1,0 +1,47 @@
+"""An episode as people read it and as runs store it. Knows no tensors, no algorithm and no world."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One trajectory from start to end: plain numbers and text.
+
+    The lists have one entry per step.
+
+    Attributes:
+        prompt: what it started from: the prompt, or the first observation.
+        response: what came of it: the response, or how the episode ended.
+        score: what the world gave for the whole episode, before any penalty.
+        terminated: it came to an end of its own (eos, a fallen pole).
+        truncated: it was cut off.
+        actions: in words.
+        action_ids: as numbers: a token id or a discrete action, or a list of controls.
+        log_probs: log π_old(a|s).
+        values: V_old(s) before the action.
+        rewards: penalties included.
+        advantages: as the policy was trained on, whitened where the run whitens.
+        returns: the critic's targets.
+        reference_log_probs: log π_ref(a|s); None without a reference.
+        states: what was observed before each action; None where that is the prompt and the actions so far.
+        details: the world's own facts.
+    """
+
+    prompt: str
+    response: str
+    score: float
+    terminated: bool
+    truncated: bool
+    actions: list[str]
+    action_ids: list[Any]
+    log_probs: list[float]
+    values: list[float]
+    rewards: list[float]
+    advantages: list[float]
+    returns: list[float]
+    reference_log_probs: list[float] | None = None
+    states: list[str] | None = None
+    details: dict[str, Any] = field(default_factory=dict)
