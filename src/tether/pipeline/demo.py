@@ -192,7 +192,7 @@ def _fine_tune(
 
 def _reinforce(
     config: DemoConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seen: list[tuple[int, int]]
-) -> Trained:
+) -> Trained[LanguageWorld]:
     settings = PPOConfig(
         output=config.output,
         overwrite=True,
@@ -250,7 +250,9 @@ def accuracy(
     return (metrics["score"] + 1) / 2, metrics["kl"]
 
 
-def one_episode(trained: Trained, problem: tuple[int, int], tokenizer: PreTrainedTokenizerBase) -> Episode:
+def one_episode(
+    trained: Trained[LanguageWorld], problem: tuple[int, int], tokenizer: PreTrainedTokenizerBase
+) -> Episode:
     """The trained policy answers one question; advantages are shown as they are, not whitened."""
     world = trained.world
     alone = LanguageWorld(
@@ -277,7 +279,7 @@ def _show_episode(console: Console, episode: Episode) -> None:
     )
 
 
-def _what_next(console: Console, config: DemoConfig, trained: Trained) -> None:
+def _what_next(console: Console, config: DemoConfig, trained: Trained[LanguageWorld]) -> None:
     console.print("[bold]What to try next[/bold]")
     console.print(
         f"   tether generate --model {trained.policy} --prompt 'What is 12 + 7?' --samples 4 "

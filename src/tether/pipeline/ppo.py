@@ -1,24 +1,18 @@
 """`tether ppo`: a model, prompts and a reward become a world and a learner, and the loop runs in a folder.
 
-Here the pieces meet: configuration, loading, the run's files, checkpoints, resuming, Ctrl-C. The algorithm is not here.
+Here the pieces meet: configuration, loading, and what a run needs to go on. The algorithm is not here.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tether.config import config_to_dict
 from tether.errors import UserError
 from tether.language.models import (
     check_vocabulary,
@@ -33,11 +27,11 @@ from tether.language.policy import LanguagePolicy
 from tether.language.prompts import PromptsConfig, load_prompts, prompts_from_rows
 from tether.language.sampler import Sampler, SamplingConfig
 from tether.language.world import CollectConfig, LanguageWorld
+from tether.pipeline.training import Trained, restore, train_in_folder
 from tether.ppo import AdvantageConfig, KLConfig, KLController, Learner, LearnerConfig
 from tether.rewards import Rewards, RewardsConfig
-from tether.runs import Run, load_state, refuse_run, save_state
-from tether.runs.random_states import random_states, seed_random_states, set_random_states
-from tether.train import Iteration, iterate
+from tether.runs.random_states import seed_random_states
+from tether.train import Iteration
 
 
 @dataclass(frozen=True)
@@ -116,16 +110,6 @@ class Parts:
     reward: Callable[..., Any] | None = None
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What `train_ppo` leaves: the run's folder, the newest checkpoint's policy in it, and the pieces in memory."""
-
-    folder: Path
-    policy: Path
-    world: LanguageWorld
-    learner: Learner
-
-
 def build_ppo(
     config: PPOConfig, parts: Parts | None = None, checkpoint: Path | None = None
 ) -> tuple[LanguageWorld, Learner]:
@@ -169,14 +153,10 @@ def build_ppo(
     learner = Learner(policy, config.learner, config.advantage, kl, config.iterations, config.seed)
     if checkpoint is not None:
         world.load_critic(checkpoint)
-        state = load_state(checkpoint, "trainer")
-        if state["reference"] != fingerprint(reference):
+        if restore(checkpoint, world, learner)["reference"] != fingerprint(reference):
             raise UserError(
                 f"{config.output}: the run was begun with another reference; give the model as it was before training"
             )
-        world.load_state_dict(state["world"])
-        learner.load_state_dict(state["learner"])
-        set_random_states(state["random"])
     return world, learner
 
 
@@ -189,121 +169,19 @@ def train_ppo(
     parts: Parts | None = None,
     resume: bool = False,
     report: Callable[[Iteration], None] | None = None,
-) -> Trained:
-    """Train as configured.
-
-    Every iteration goes to `metrics.jsonl`, TensorBoard and the episode store; checkpoints are written every
-    `checkpoint_every` iterations, at the end, after Ctrl-C or SIGTERM (which let the iteration finish), and when
-    collecting fails. With `resume` the run goes on from its last good checkpoint as if it had never stopped.
+) -> Trained[LanguageWorld]:
+    """Train as configured, in a folder: see `tether.pipeline.training.train_in_folder`.
 
     Raises:
         UserError: something the user brought cannot work.
     """
-    folder = Path(config.output)
-    if not resume and not config.overwrite:
-        refuse_run(folder)
-    # A mistake found while building must leave the folder as it was: a new run is made, and an old one changed, after.
-    built = None if resume else build_ppo(config, parts)
-    with _opened(config, folder, resume) as run:
-        found = run.latest_checkpoint() if resume else None
-        world, learner = built or build_ppo(config, parts, found[1] if found else None)
-        if learner.iteration > config.iterations:
-            raise UserError(
-                f"iterations is {config.iterations}, but the run in {folder} has done {learner.iteration}: "
-                "raise --iterations, or start another run"
-            )
-        if resume:
-            run.rewind(learner.iteration)
-            run.update_config(config_to_dict(config))
-        saved, newest = learner.iteration, found[1] if found else None
-        reference = fingerprint(world.reference)
-
-        def save() -> Path:
-            state = {**boundary, "learner": learner.state_dict(), "reference": reference}
-            return run.save_checkpoint(learner.iteration, lambda checkpoint: _write(checkpoint, world, state))
-
-        # what changes while a batch is collected, as it was after the last iteration that is logged whole
-        boundary, complete = _boundary(world), learner.iteration
-        with _Interruption() as interruption:
-            try:
-                for iteration in iterate(world, learner):
-                    run.log(iteration.number, iteration.metrics)
-                    run.log_episodes(
-                        iteration.number,
-                        world.episodes(iteration.trajectories, iteration.advantages, iteration.returns),
-                    )
-                    boundary, complete = _boundary(world), iteration.number
-                    due = iteration.number % config.checkpoint_every == 0 or iteration.number == config.iterations
-                    if due or interruption.wanted:
-                        newest = save()
-                        saved = iteration.number
-                    if report is not None:
-                        report(iteration)
-                    if interruption.wanted:
-                        break
-            except BaseException as error:
-                _keep_responses(folder, learner.iteration + 1, error)
-                # parameters, boundary and logs are of one iteration unless its update or its logging was broken off
-                if not learner.updating and learner.iteration == complete > saved:
-                    save()
-                raise
-        assert newest is not None  # the last iteration has one, and so has an interrupted run
-        return Trained(folder, newest / "policy", world, learner)
-
-
-@contextmanager
-def _opened(config: PPOConfig, folder: Path, resume: bool) -> Iterator[Run]:
-    keep = config.keep_checkpoints
-    run = (
-        Run.open(folder, keep=keep)
-        if resume
-        else Run.create(folder, config_to_dict(config), overwrite=config.overwrite, keep=keep)
+    return train_in_folder(
+        config,
+        lambda checkpoint: build_ppo(config, parts, checkpoint),
+        resume,
+        report,
+        lambda world: {"reference": fingerprint(world.reference)},
     )
-    try:
-        yield run
-    finally:
-        run.close()
-
-
-def _boundary(world: LanguageWorld) -> dict[str, Any]:
-    return {"world": world.state_dict(), "random": random_states()}
-
-
-def _write(checkpoint: Path, world: LanguageWorld, state: dict[str, Any]) -> None:
-    world.save_policy(checkpoint)
-    save_state(checkpoint, "trainer", state)
-
-
-def _keep_responses(folder: Path, iteration: int, error: BaseException) -> None:
-    """Responses whose scoring failed are written beside the metrics, so that they can be looked at."""
-    responses = getattr(error, "responses", None)
-    if responses:
-        lines = [json.dumps({"iteration": iteration, **response}, ensure_ascii=False) for response in responses]
-        (folder / "unscored.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-class _Interruption:
-    """The first Ctrl-C or SIGTERM asks the loop to end after this iteration; the second ends it at once."""
-
-    def __init__(self) -> None:
-        self.wanted = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _Interruption:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.wanted:
-            raise KeyboardInterrupt
-        self.wanted = True
-        print("\nfinishing this iteration, then saving; press Ctrl-C again to stop at once", flush=True)
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 __all__ = ["PPOConfig", "Parts", "Trained", "build_ppo", "train_ppo"]

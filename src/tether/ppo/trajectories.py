@@ -60,8 +60,8 @@ class ActorCritic(Protocol):
 class Trajectories:
     """Episodes as tensors, right-padded to the longest. Steps where `mask` is False carry no meaning.
 
-    A row is one episode, or a stretch of time in which several follow each other: `terminated` and `truncated` say where
-    they end, and a stretch that ends while an episode goes on is truncated there.
+    A row is one episode, or a stretch of time in which several follow each other: `terminated` and `truncated` say
+    where they end, and a stretch that ends while an episode goes on is truncated there.
 
     Attributes:
         actions: (N, T) or (N, T, A), what was done.
