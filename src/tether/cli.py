@@ -87,26 +87,31 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _resuming(arguments: list[str], command: str) -> tuple[list[str], bool]:
+    """`--resume FOLDER` as the flags that it stands for, and whether it was there."""
+    arguments = [
+        part for word in arguments for part in (word.split("=", 1) if word.startswith("--resume=") else [word])
+    ]
+    if "--resume" not in arguments:
+        return arguments, False
+    place = arguments.index("--resume")
+    if len(arguments) <= place + 1 or arguments[place + 1].startswith("-"):
+        raise UserError(f"--resume needs the folder of a run, e.g. --resume runs/{command}")
+    if "--config" in arguments:
+        raise UserError("--resume takes the configuration of the run; leave --config out, flags may change fields")
+    folder = arguments[place + 1]
+    if not (Path(folder) / "config.yaml").is_file():
+        raise UserError(f"{folder}: holds no run to resume (no config.yaml)")
+    rest = arguments[:place] + arguments[place + 2 :]
+    return ["--config", str(Path(folder) / "config.yaml"), "--output", folder, *rest], True
+
+
 def _ppo(arguments: list[str]) -> int:
     from tether.config import load_config
     from tether.pipeline.ppo import PPOConfig, train_ppo
     from tether.runs import Display
 
-    arguments = [
-        part for word in arguments for part in (word.split("=", 1) if word.startswith("--resume=") else [word])
-    ]
-    resume = "--resume" in arguments
-    if resume:
-        place = arguments.index("--resume")
-        if len(arguments) <= place + 1 or arguments[place + 1].startswith("-"):
-            raise UserError("--resume needs the folder of a run, e.g. --resume runs/ppo")
-        if "--config" in arguments:
-            raise UserError("--resume takes the configuration of the run; leave --config out, flags may change fields")
-        folder = arguments[place + 1]
-        if not (Path(folder) / "config.yaml").is_file():
-            raise UserError(f"{folder}: holds no run to resume (no config.yaml)")
-        rest = arguments[:place] + arguments[place + 2 :]
-        arguments = ["--config", str(Path(folder) / "config.yaml"), "--output", folder, *rest]
+    arguments, resume = _resuming(arguments, "ppo")
     description = (
         "PPO on a language model, prompts and a reward. With `--resume FOLDER` a run that was stopped goes on with the "
         "configuration in its folder; flags may change fields, such as --iterations."
@@ -127,6 +132,30 @@ def _ppo(arguments: list[str]) -> int:
     print(f"\nthe policy, a Hugging Face folder:  {trained.policy}")
     if trained.learner.iteration < config.iterations:
         print(f"go on with it:                      tether ppo --resume {config.output}")
+    return 0
+
+
+def _control(arguments: list[str]) -> int:
+    from tether.config import load_config
+    from tether.pipeline.control import ControlConfig, ControlEvalConfig, evaluate_control, train_control
+    from tether.runs import Display
+
+    if any(word == "--eval" or word.startswith("--eval=") for word in arguments):
+        evaluate_control(load_config(ControlEvalConfig, arguments, "tether control", "Try the policy of a run."))
+        return 0
+    arguments, resume = _resuming(arguments, "control")
+    description = (
+        "PPO on a gymnasium environment, by the learner that trains language models. With `--resume FOLDER` a run that "
+        "was stopped goes on; `--eval FOLDER` tries the policy of a run (`--eval FOLDER --help` for its settings)."
+    )
+    config = load_config(ControlConfig, arguments, "tether control", description)
+    columns = ("steps", "score", "episode_length", "entropy", "approx_kl", "clip_fraction", "explained_variance")
+    with Display(config.iterations, columns) as display:
+        trained = train_control(config, resume=resume, report=lambda step: display.update(step.number, step.metrics))
+    trained.world.environments.close()
+    print(f"\ntry it:           tether control --eval {config.output} --record {config.output}/film.gif")
+    if trained.learner.iteration < config.iterations:
+        print(f"go on with it:    tether control --resume {config.output}")
     return 0
 
 
@@ -174,6 +203,7 @@ def _prove(arguments: list[str]) -> int:
 COMMANDS = {
     "demo": _Command("a small model learns arithmetic by PPO, token by token", _demo),
     "ppo": _Command("PPO on a language model, prompts and a reward", _ppo),
+    "control": _Command("PPO on a gymnasium environment, and trying what it learned", _control),
     "sft": _Command("fine-tune a language model on text or chat", _sft),
     "generate": _Command("responses of a policy to prompts", _generate),
     "eval": _Command("mean score and pass@k of a policy on prompts with a reward", _evaluate),

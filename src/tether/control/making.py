@@ -7,17 +7,12 @@ several are stepped together.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
 import importlib.util
 import inspect
 import re
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
@@ -27,14 +22,14 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.wrappers import TimeLimit
 
-from tether.control.atari import AtariEnvironment, atari_options, is_atari
+from tether.control.atari import AtariEnvironment, atari_creator, atari_options, is_atari
+from tether.control.loading import INSTALL, import_named, one_line_errors
 from tether.control.wrappers import ActionRepeat, ChannelsFirst, Checked, FrameStack
 from tether.errors import UserError
 from tether.yaml_file import describe, one_line
 
 Env = gymnasium.Env[Any, Any]
 
-INSTALL = '`pip install "tether[control]"` brings Box2D, MuJoCo and the Atari games'
 _OWN = {  # options that would get past the fields of the same meaning
     "render_mode": "it is chosen where episodes are recorded",
     "max_episode_steps": "it is a field beside `options`",
@@ -82,11 +77,13 @@ class Source:
     """Where environments come from: a registered id, or a function that makes one.
 
     Attributes:
-        label: how messages call it, ``environment `CartPole-v1` ``.
+        name: what the configuration calls it.
+        label: what messages call it, ``environment `CartPole-v1` ``.
         spec: what gymnasium has registered under the id; None for a function.
         factory: the function; None for an id.
     """
 
+    name: str
     label: str
     spec: EnvSpec | None = None
     factory: Callable[..., Any] | None = None
@@ -117,13 +114,12 @@ def find_source(env: str) -> Source:
     label = f"environment `{env}`"
     place, colon, name = env.rpartition(":")
     if not colon:
-        return Source(label, spec=_find_spec(label, env))
+        return Source(env, label, spec=_find_spec(label, env))
     if not place or not name:
         raise UserError(f"{label}: expected a registered id, `file.py:make_env`, or `package.module:make_env`")
-    is_file = place.endswith(".py")
-    module = _import_file(label, Path(place)) if is_file else _import_module(label, place)
-    if not is_file and (re.search(r"-v\d+$", name) or name in gymnasium.registry):
-        return Source(label, spec=_find_spec(label, name))
+    module = import_named(label, place)
+    if not place.endswith(".py") and (re.search(r"-v\d+$", name) or name in gymnasium.registry):
+        return Source(env, label, spec=_find_spec(label, name))
     if not hasattr(module, name):
         there = [key for key, value in vars(module).items() if _defined_in(module, value) and not key.startswith("_")]
         raise UserError(f"{label}: {place} has no `{name}`; it has: {', '.join(there) or 'no function'}")
@@ -132,7 +128,7 @@ def find_source(env: str) -> Source:
         raise UserError(
             f"{label} is not callable, but {type(factory).__name__}; expected a function that returns a gymnasium.Env"
         )
-    return Source(label, factory=factory)
+    return Source(env, label, factory=factory)
 
 
 def build(
@@ -143,14 +139,14 @@ def build(
     if source.spec is not None and is_atari(source.spec):
         options = atari_options(label, config, training=training)
         with one_line_errors(f"{label}: cannot be made"):
-            check_options(label, AtariEnvironment.creator(source.spec), options, given=config.options)
+            check_options(label, atari_creator(), config.options, source.spec.kwargs)
             return Checked(AtariEnvironment(source.spec.id, options, render_mode), label)
     if source.spec is not None:
         env = _make_registered(label, source.spec, config, render_mode)
     else:
         assert source.factory is not None
         env = _call_factory(label, source.factory, config, render_mode)
-    layout = check_spaces(label, env)
+    layout = check_spaces(label, getattr(env, "observation_space", None), getattr(env, "action_space", None))
     env = Checked(env, label)
     if config.action_repeat > 1:
         env = ActionRepeat(env, config.action_repeat)
@@ -166,7 +162,7 @@ def _make_registered(label: str, spec: EnvSpec, config: EnvironmentsConfig, rend
         if spec.entry_point is None:
             raise UserError(f"{label}: the id has only a vector environment: `vectorization: native` steps it")
         creator = spec.entry_point if callable(spec.entry_point) else load_env_creator(spec.entry_point)
-        check_options(label, creator, config.options)
+        check_options(label, creator, config.options, spec.kwargs)
         arguments = {"render_mode": render_mode} if render_mode is not None else {}
         # The passive checker warns of what Checked makes an error, and costs more than a CartPole step.
         return gymnasium.make(
@@ -178,10 +174,8 @@ def _make_registered(label: str, spec: EnvSpec, config: EnvironmentsConfig, rend
         )
 
 
-def _call_factory(
-    label: str, factory: Callable[..., Any], config: EnvironmentsConfig, render_mode: str | None
-) -> Env:
-    check_options(label, factory, config.options)
+def _call_factory(label: str, factory: Callable[..., Any], config: EnvironmentsConfig, render_mode: str | None) -> Env:
+    check_options(label, factory, config.options, {})
     arguments = dict(config.options)
     if render_mode is not None:
         if "render_mode" not in _parameters(factory)[0]:
@@ -206,9 +200,8 @@ def _call_factory(
     return env
 
 
-def check_spaces(label: str, env: Any) -> Literal["as it is", "to be transposed"]:
+def check_spaces(label: str, observations: Any, actions: Any) -> Literal["as it is", "to be transposed"]:
     """What has to be done to an environment's observations; UserError where its spaces cannot be learnt with."""
-    observations, actions = getattr(env, "observation_space", None), getattr(env, "action_space", None)
     for name, space in (("observation_space", observations), ("action_space", actions)):
         if not isinstance(space, spaces.Space):
             raise UserError(f"{label}: its {name} is {_kind(space)}, expected a gymnasium space: set it in __init__")
@@ -252,29 +245,27 @@ def _check_actions(label: str, space: Any) -> None:
 
 
 def check_options(
-    label: str, creator: Callable[..., Any], options: Mapping[str, Any], given: Mapping[str, Any] | None = None
+    label: str, creator: Callable[..., Any], options: Mapping[str, Any], known: Mapping[str, Any]
 ) -> None:
-    """UserError where `creator` does not take one of `options`, or needs one that is not there.
-
-    Args:
-        given: the options that the user wrote, where `options` holds others too.
-    """
+    """UserError where `creator` does not take one of `options`, or needs one that is in neither them nor `known`."""
+    names, required, takes_all = _parameters(creator)
     for name in options:
         if not isinstance(name, str):
             raise UserError(f"{label}: options: found the name {name!r}, expected text")
-    names, required, takes_all = _parameters(creator)
-    written = options if given is None else given
-    for name in options:
         if not takes_all and name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean `{near[0]}`?" if near else ""
-            listed = ", ".join(key for key in names if key not in _OWN and key != "game") or "none"
-            place = "option" if name in written else "needs the option"
-            raise UserError(f"{label}: {place} `{name}` is not one that it takes; it takes: {listed}{hint}")
-    if given is None:
-        for name in required:
-            if name not in options and name not in _OWN:
-                raise UserError(f"{label}: needs the option `{name}`: give it as `options: {{{name}: …}}`")
+            listed = ", ".join(key for key in names if key not in _OWN and key not in ("game", "batch_size")) or "none"
+            raise UserError(f"{label}: option `{name}` is not one that it takes; it takes: {listed}{hint}")
+    for name in required:
+        if name not in options and name not in known and name not in _OWN:
+            raise UserError(f"{label}: needs the option `{name}`: give it as `options: {{{name}: …}}`")
+
+
+def takes_options(creator: Callable[..., Any], options: Mapping[str, Any]) -> bool:
+    """Whether `creator` has an argument for each of `options`."""
+    names, _, takes_all = _parameters(creator)
+    return takes_all or all(name in names for name in options)
 
 
 def _parameters(creator: Callable[..., Any]) -> tuple[list[str], list[str], bool]:
@@ -315,86 +306,6 @@ def _find_spec(label: str, name: str) -> EnvSpec:
     hint = f"did you mean {' or '.join(f'`{key}`' for key in dict.fromkeys(near[:4]))}?" if near else ""
     remedy = "ids of another package are `package:Id-v0`, your own environment is `file.py:make_env`"
     raise UserError(f"{label}: no such id is registered with gymnasium; {hint or remedy}")
-
-
-# A user's own code ----------------------------------------------------------------------------------------------
-
-
-def _import_file(label: str, path: Path) -> ModuleType:
-    path = path.expanduser()
-    if not path.is_file():
-        raise UserError(f"{label}: no such file: {path} (seen from {Path.cwd()})")
-    path = path.resolve()
-    # A name of its own, so that a file called random.py hides nothing; another one when the file was changed.
-    state = f"{path}:{path.stat().st_mtime_ns}"
-    name = f"tether_environment_{path.stem}_{hashlib.sha256(state.encode()).hexdigest()[:12]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None  # the suffix is .py
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # dataclasses and typing look their module up there
-    try:
-        with _importable(path.parent), one_line_errors(f"{label}: fails when imported"):
-            found.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _import_module(label: str, name: str) -> ModuleType:
-    with _importable(Path.cwd()), one_line_errors(f"{label}: fails when imported"):
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            # Only when the module itself, or a package on the way to it, is what was not found.
-            if error.name is None or not (name + ".").startswith(error.name + "."):
-                raise
-            remedy = "; a file is named with its suffix: `file.py:make_env`" if "/" in name or "." not in name else ""
-            raise UserError(f"{label}: no module `{error.name}` is installed or in {Path.cwd()}{remedy}") from error
-
-
-@contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """`folder` first on the import path while something is imported; last afterwards, for what it imports later."""
-    entry = str(folder)
-    sys.path.insert(0, entry)
-    try:
-        yield
-    finally:
-        if entry in sys.path:  # the module may have changed the path itself
-            sys.path.remove(entry)
-        if entry not in sys.path:
-            sys.path.append(entry)
-
-
-@contextmanager
-def one_line_errors(what: str) -> Iterator[None]:
-    """Whatever is raised inside as a UserError of one line that begins with `what`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except gymnasium.error.DependencyNotInstalled as error:
-        raise UserError(f"{what}: {one_line(str(error))[:200]} ({INSTALL})") from error
-    except SyntaxError as error:
-        raise UserError(f"{what}: {error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}") from error
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{what}: {reason_of(error)}") from error
-
-
-def reason_of(error: BaseException) -> str:
-    """Kind, message and place of an exception from a user's code, in one line."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
-    own = [frame for frame in frames if "site-packages" not in frame.filename and frame.filename != __file__]
-    place = f" ({own[-1].filename}, line {own[-1].lineno})" if own and own[-1].filename not in _HERE else ""
-    text = one_line(str(error))[:300]
-    return f"{type(error).__name__}: {text}{place}" if text else f"{type(error).__name__}{place}"
-
-
-_HERE = {str(Path(__file__).with_name(name)) for name in ("making.py", "wrappers.py", "environments.py", "atari.py")}
 
 
 def _defined_in(module: ModuleType, value: object) -> bool:

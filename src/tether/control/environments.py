@@ -1,0 +1,387 @@
+"""Several environments stepped together, whatever steps them: one interface over gymnasium's vector environments.
+
+Knows how episodes are begun, ended and resumed, and what is wrong with the numbers that come back; `making.py` knows
+how one environment is made. Nothing here knows of policies or learning.
+
+N = environments, *obs = shape of an observation.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec, load_env_creator
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+
+from tether.control.atari import atari_creator, atari_options, is_atari
+from tether.control.loading import one_line_errors
+from tether.control.making import (
+    EnvironmentsConfig,
+    Source,
+    build,
+    check_options,
+    check_spaces,
+    find_source,
+    make_environment,
+    takes_options,
+)
+from tether.control.vectors import Automatic, Games, Loop, Seeded, Workers
+from tether.errors import UserError
+
+__all__ = ["Environments", "EnvironmentsConfig", "Step", "make_environment"]
+
+Kind = Literal["native", "sync", "async"]
+
+logger = logging.getLogger(__name__)
+
+_LOG_SLACK = 1024  # actions of ended episodes that are kept before they are dropped together
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one action in each of N environments led to.
+
+    Attributes:
+        observations: (N, *obs) what the policy sees next; where an episode ended, the next one's first observation
+            (native environments with next-step autoreset: the last one again, see `valid`).
+        rewards: (N,) float64.
+        terminated: (N,) bool, the episode came to its end.
+        truncated: (N,) bool, it was cut off; False where it terminated in the same step.
+        successors: (N, *obs) the states that the actions led to: final observations where episodes ended, else
+            `observations`.
+        valid: (N,) bool, False where no transition happened: a native environment with next-step autoreset ignored the
+            action and began its next episode, whose first observation is in `observations`.
+        success: (N,) float64, what the environment says of its success as `is_success` or `success` in its info, NaN
+            where it says nothing; None where none does.
+    """
+
+    observations: NDArray[Any]
+    rewards: NDArray[np.float64]
+    terminated: NDArray[np.bool_]
+    truncated: NDArray[np.bool_]
+    successors: NDArray[Any]
+    valid: NDArray[np.bool_]
+    success: NDArray[np.float64] | None
+
+
+class Environments:
+    """N environments of one kind, each beginning its next episode as soon as one has ended.
+
+    In `sync` and `async` environments and in Atari games every episode has a seed of its own, that of episode k in
+    environment i a function of (seed, i, k): what happens in it depends on its seed and its actions alone. Other
+    native environments have one random generator for all, seeded once.
+
+    Attributes:
+        count: N.
+        kind: what steps them.
+        observation_space: of one environment: a vector (n,), or an image (C, H, W) of uint8.
+        action_space: of one environment: Discrete, MultiDiscrete, or a Box (A,) of floats.
+        observations: (N, *obs) what the policy sees now; None before the first reset.
+
+    Raises:
+        UserError: the environment cannot be found, made or learnt from.
+    """
+
+    observation_space: spaces.Box
+    action_space: spaces.Discrete | spaces.MultiDiscrete | spaces.Box
+    kind: Kind
+
+    def __init__(self, env: str, config: EnvironmentsConfig, seed: int) -> None:
+        source = find_source(env)
+        self.count = config.count
+        self.kind, self._vector = _make(source, config)
+        self.observation_space = self._vector.observation_space
+        self.action_space = self._vector.action_space
+        self.observations: NDArray[Any] | None = None
+        self._label = source.label
+        self._seed = seed
+        self._episodes = np.zeros(self.count, dtype=np.int64)  # begun so far
+        self._lengths = np.zeros(self.count, dtype=np.int64)  # steps of the running ones
+        self._log: list[NDArray[Any]] = []  # the latest actions of all, as far back as a running episode began
+        self._all = np.ones(self.count, dtype=np.bool_)
+        self._all.setflags(write=False)  # handed out with every step
+        self._floats = self.observation_space.dtype.kind == "f"
+        self._action_dtype = np.int64 if self.action_space.dtype.kind in "iu" else self.action_space.dtype
+        self._action_shape = (self.count, *(self.action_space.shape or ()))
+
+    def reset(self) -> NDArray[Any]:
+        """Begin an episode in every environment; returns the observations (N, *obs)."""
+        return self._begin(self._all)
+
+    def step(self, actions: NDArray[Any]) -> Step:
+        """Do one action in each environment.
+
+        Args:
+            actions: (N,) integers for Discrete, (N, A) integers for MultiDiscrete, (N, A) floats for a Box, as the
+                environment understands them.
+
+        Raises:
+            UserError: an environment raised, or returned something else than its spaces say or a number that is not
+                finite. The message names the environment and the step of its episode.
+        """
+        if self.observations is None:
+            raise RuntimeError("reset has to be called before step")
+        actions = np.array(actions, dtype=self._action_dtype)
+        if actions.shape != self._action_shape:
+            raise ValueError(f"actions have shape {actions.shape}, expected {self._action_shape}")
+        if isinstance(self._vector, Automatic):
+            return self._step_automatic(self._vector, actions)
+        observations, rewards, terminated, truncated, success = self._vector.step(actions)
+        self._lengths += 1
+        self._check_finite(observations, rewards)
+        self._log.append(actions)
+        successors = observations
+        ended = terminated | truncated
+        if ended.any():
+            truncated = truncated & ~terminated
+            observations = self._begin(ended)
+        self.observations = observations
+        return Step(observations, rewards, terminated, truncated, successors, self._all, success)
+
+    def _step_automatic(self, vector: Automatic, actions: NDArray[Any]) -> Step:
+        valid = ~vector.pending if vector.pending.any() else self._all
+        observations, rewards, terminated, truncated, successors, success = vector.step(actions)
+        self._lengths += valid
+        self._check_finite(successors, rewards)
+        ended = terminated | truncated
+        if ended.any():
+            truncated = truncated & ~terminated
+            self._lengths[ended] = 0
+            if successors is not observations:
+                self._check_finite(observations, rewards)
+        self.observations = observations
+        return Step(observations, rewards, terminated, truncated, successors, valid, success)
+
+    def _begin(self, mask: NDArray[np.bool_]) -> NDArray[Any]:
+        """Begin the next episode where `mask` (N,) is True; the observations (N, *obs) of all."""
+        seeds = [self._seed_of(index) if begins else 0 for index, begins in enumerate(mask.tolist())]
+        self._episodes += mask
+        self._lengths[mask] = 0
+        spare = len(self._log) - int(self._lengths.max())
+        if spare > _LOG_SLACK:
+            del self._log[:spare]
+        vector = self._vector
+        self.observations = vector.reset(seeds) if isinstance(vector, Automatic) else vector.reset(seeds, mask)
+        self._check_finite(self.observations, None)
+        return self.observations
+
+    def _seed_of(self, index: int, before: int = 0) -> int:
+        """The seed of the next episode in environment `index`, or of the one so many before it."""
+        episode = int(self._episodes[index]) - before
+        # 31 bits: the Atari emulator takes no more.
+        return int(np.random.SeedSequence(self._seed, spawn_key=(index, episode)).generate_state(1)[0]) >> 1
+
+    def _check_finite(self, observations: NDArray[Any], rewards: NDArray[np.float64] | None) -> None:
+        # One number is infinite or NaN where any is; it may also be so for very large ones, so the slow look decides.
+        if self._floats and not math.isfinite(np.vdot(observations, observations)):
+            self._refuse(~np.isfinite(observations), observations, "observation")
+        if rewards is not None and not math.isfinite(math.fsum(rewards) if self.count < 64 else rewards.sum()):
+            self._refuse(~np.isfinite(rewards), rewards, "reward")
+
+    def _refuse(self, wrong: NDArray[np.bool_], values: NDArray[Any], what: str) -> None:
+        places = np.argwhere(wrong)
+        if not len(places):
+            return
+        index, *component = places[0].tolist()
+        step = int(self._lengths[index])
+        when = f"step {step} of its episode" if step else "reset"
+        which = f"[{', '.join(map(str, component))}]" if component else ""
+        place = f", index {index}" if self.count > 1 else ""
+        raise UserError(
+            f"{self._label}{place}, {when}: {what}{which} is {values[tuple(places[0])]}, expected a finite number"
+        )
+
+    # Resume ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on as if nothing had happened; tensors, numbers and text only.
+
+        Of episodes with a seed of their own: which ones run, and the actions since they began. This grows with the
+        length of episodes: one that never ends is remembered from its first action. Of other native environments:
+        their arrays, numbers and random generator, where that is all that they are made of.
+        """
+        state: dict[str, Any] = {
+            "count": self.count,
+            "seed": str(self._seed),
+            "episodes": torch.from_numpy(self._episodes.copy()),
+            "lengths": torch.from_numpy(self._lengths.copy()),
+            "observations": None if self.observations is None else _tensor(self.observations),
+        }
+        if isinstance(self._vector, Automatic):
+            return state | {"form": "attributes", "attributes": self._vector.snapshot()}
+        longest = int(self._lengths.max())
+        actions = np.array(self._log[len(self._log) - longest :], dtype=self._action_dtype)
+        actions = actions.reshape(longest, *self._action_shape)
+        return state | {"form": "actions", "actions": torch.from_numpy(actions)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Go on from `state_dict`; `observations` are then what the policy saw last.
+
+        Episodes with a seed of their own are begun anew with it, and their actions done again, which is exact where an
+        environment depends on nothing else.
+
+        Returns:
+            True where the episodes go on. False where that is not possible: new ones were begun instead, and one
+            warning was logged.
+
+        Raises:
+            UserError: the state is of another number of environments.
+        """
+        if state["count"] != self.count:
+            raise UserError(
+                f"{self._label}: the saved state is of {state['count']} environments, the configuration says "
+                f"count {self.count}: resume with the same count"
+            )
+        self._seed = int(state["seed"])
+        self._episodes = state["episodes"].numpy().copy()
+        self._log = []
+        if state["observations"] is None:
+            self.observations = None
+            self._lengths[:] = 0
+            return True
+        seen = state["observations"].numpy()
+        if isinstance(self._vector, Automatic):
+            attributes = state.get("attributes")
+            if state["form"] == "attributes" and attributes is not None and self._vector.snapshot() is not None:
+                self._vector.restore(attributes)
+                self._lengths = state["lengths"].numpy().copy()
+                self.observations = seen.copy()
+                return True
+            reason = "this native environment keeps a state that cannot be saved; `vectorization: sync` resumes exactly"
+        elif state["form"] != "actions":
+            reason = "the saved state is of a native environment"
+        else:
+            self._replay(state["actions"].numpy(), state["lengths"].numpy())
+            assert self.observations is not None
+            if np.array_equal(self.observations, seen) and self.observations.dtype == seen.dtype:
+                return True
+            reason = "the same seeds and actions led to other observations, so it depends on something else too"
+        logger.warning("%s: its episodes cannot be resumed, new ones begin: %s", self._label, reason)
+        self.reset()
+        return False
+
+    def _replay(self, actions: NDArray[Any], lengths: NDArray[np.int64]) -> None:
+        """Do `actions` (T, N, …) again so that every episode has its length at the end.
+
+        Episode i begins T - lengths[i] steps later than the longest. What its environment does until then is of no
+        matter: an earlier episode's actions, reset where they end.
+        """
+        assert not isinstance(self._vector, Automatic)
+        seeds = [self._seed_of(index, before=1) for index in range(self.count)]
+        begins = len(actions) - lengths
+        self.observations = self._vector.reset(seeds, self._all)
+        for time, action in enumerate(actions):
+            observations, _, terminated, truncated, _ = self._vector.step(action)
+            again = (begins == time + 1) | terminated | truncated
+            if again.any():
+                observations = self._vector.reset(seeds, again)
+            self.observations = observations
+        self._lengths = lengths.copy()
+        self._log = list(actions)
+
+    def close(self) -> None:
+        """Close every environment and end its worker process; the second time nothing."""
+        self._vector.close()
+
+    def __enter__(self) -> Environments:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _make(source: Source, config: EnvironmentsConfig) -> tuple[Kind, Seeded | Automatic]:
+    kind = config.vectorization
+    reason = _not_native(source, config)
+    if kind == "native" and reason:
+        raise UserError(
+            f"{source.label}: cannot be stepped natively: {reason}; expected `vectorization: sync` or async"
+        )
+    if kind in ("auto", "native") and not reason:
+        assert source.spec is not None
+        return "native", _make_native(source.label, source.spec, config)
+    makers = [functools.partial(_make_one, source.name, config, index) for index in range(config.count)]
+    if kind == "async":
+        return "async", Workers(source.label, makers)
+    envs = [make() for make in makers]
+    for index, env in enumerate(envs):
+        if any(env.unwrapped is other.unwrapped for other in envs[:index]):
+            raise UserError(f"{source.label}: returned the same environment twice, expected a new one from every call")
+        if env.observation_space != envs[0].observation_space or env.action_space != envs[0].action_space:
+            raise UserError(
+                f"{source.label}: environments 0 and {index} have different spaces, expected the same for all: "
+                f"{env.observation_space}, {env.action_space}"
+            )
+    return "sync", Loop(envs)
+
+
+def _make_one(env: str, config: EnvironmentsConfig, index: int) -> gymnasium.Env[Any, Any]:
+    """One of several. A worker process finds the environment itself: a function from a file cannot be sent to it."""
+    place = f", index {index}" if config.count > 1 else ""
+    return build(find_source(env), config, training=True, place=place)
+
+
+def _not_native(source: Source, config: EnvironmentsConfig) -> str:
+    """Why no native environment can do what is asked; empty where one can."""
+    spec = source.spec
+    if spec is None or spec.vector_entry_point is None:
+        return "it brings no vector environment"
+    if is_atari(spec):
+        return ""
+    if config.action_repeat > 1 or config.frame_stack > 1:
+        return "action_repeat and frame_stack are for single environments"
+    if spec.additional_wrappers:
+        return "its id has wrappers for single environments"
+    if config.vectorization == "auto" and spec.entry_point is not None:
+        asked = {**config.options, **({} if config.max_episode_steps is None else {"max_episode_steps": 1})}
+        with one_line_errors(f"{source.label}: cannot be made"):
+            if not takes_options(_creator(spec), asked):
+                return "its vector environment does not take these options"
+    return ""
+
+
+def _creator(spec: EnvSpec) -> Callable[..., Any]:
+    entry_point = spec.vector_entry_point
+    assert entry_point is not None
+    return entry_point if callable(entry_point) else load_env_creator(entry_point)
+
+
+def _make_native(label: str, spec: EnvSpec, config: EnvironmentsConfig) -> Seeded | Automatic:
+    with one_line_errors(f"{label}: cannot be made"):
+        if is_atari(spec):
+            options = atari_options(label, config, training=True)
+            check_options(label, atari_creator(), config.options, spec.kwargs)
+            return Games(spec.id, config.count, options)
+        options = dict(config.options)
+        if config.max_episode_steps is not None:
+            options["max_episode_steps"] = config.max_episode_steps
+        check_options(label, _creator(spec), options, spec.kwargs)
+        vector = gymnasium.make_vec(spec.id, num_envs=config.count, vectorization_mode="vector_entry_point", **options)
+    mode = vector.metadata.get("autoreset_mode")
+    if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
+        raise UserError(
+            f"{label}: its vector environment has the autoreset mode {mode}, expected next-step or same-step: "
+            "`vectorization: sync` steps single ones"
+        )
+    if check_spaces(label, vector.single_observation_space, vector.single_action_space) != "as it is":
+        raise UserError(
+            f"{label}: its vector environment shows images (H, W, C): `vectorization: sync` transposes them"
+        )
+    return Automatic(label, vector)
+
+
+def _tensor(array: NDArray[Any]) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array).copy())

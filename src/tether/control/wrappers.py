@@ -1,0 +1,164 @@
+"""Wrappers around one environment: what it returns is checked, its actions repeated, its images put channels first.
+
+Each changes one thing; none knows of several environments or of learning.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, SupportsFloat
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from tether.control.loading import reason_of
+from tether.errors import UserError
+
+Wrapper = gymnasium.Wrapper[Any, Any, Any, Any]
+Stepped = tuple[NDArray[Any], float, bool, bool, dict[str, Any]]
+
+
+class Checked(Wrapper):
+    """Raises a UserError of one line where an environment raises, or returns something else than its spaces say.
+
+    That the numbers are finite is checked where they are together, over all environments at once.
+    """
+
+    def __init__(self, env: gymnasium.Env[Any, Any], label: str) -> None:
+        super().__init__(env)
+        self.label = label
+        self._shape = env.observation_space.shape
+        self._dtype = env.observation_space.dtype
+        self._steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode; arguments and results are gymnasium's."""
+        self._steps = 0
+        try:
+            result = self.env.reset(seed=seed, options=options)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{self.label}: reset raised {reason_of(error)}") from error
+        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
+            found = f"{len(result)} values" if isinstance(result, tuple) else f"a {type(result).__name__}"
+            raise UserError(f"{self.label}: reset returned {found}, expected two: (observation, info)")
+        self._check_observation(result[0])
+        return result
+
+    def step(self, action: Any) -> Stepped:
+        """Do `action`; arguments and results are gymnasium's."""
+        self._steps += 1
+        try:
+            result = self.env.step(action)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{self._here()}: step raised {reason_of(error)}") from error
+        if not isinstance(result, tuple) or len(result) != 5:
+            found = f"{len(result)} values" if isinstance(result, tuple) else f"a {type(result).__name__}"
+            raise UserError(
+                f"{self._here()}: step returned {found}, expected five: (observation, reward, terminated, truncated, "
+                "info)"
+            )
+        observation, reward, terminated, truncated, info = result
+        self._check_observation(observation)
+        if type(reward) is not float:
+            reward = self._number(reward)
+        if not isinstance(terminated, (bool, np.bool_)) or not isinstance(truncated, (bool, np.bool_)):
+            raise UserError(
+                f"{self._here()}: terminated and truncated are {terminated!r} and {truncated!r}, expected True or False"
+            )
+        if not isinstance(info, dict):
+            raise UserError(f"{self._here()}: info is a {type(info).__name__}, expected a dict")
+        return observation, reward, bool(terminated), bool(truncated), info
+
+    def _check_observation(self, observation: Any) -> None:
+        if type(observation) is np.ndarray and observation.shape == self._shape and observation.dtype == self._dtype:
+            return
+        if isinstance(observation, np.ndarray):
+            found = f"shape {observation.shape}, {observation.dtype}"
+        elif isinstance(observation, np.generic) and self._shape == ():
+            return
+        else:
+            found = f"a {type(observation).__name__}"
+        raise UserError(
+            f"{self._here()}: the observation is {found}, but its observation_space says shape {self._shape}, "
+            f"{self._dtype}: return `np.asarray(observation, dtype=np.{self._dtype})` of that shape"
+        )
+
+    def _number(self, reward: SupportsFloat) -> float:
+        if isinstance(reward, (int, float, np.number, np.bool_)) or (
+            isinstance(reward, np.ndarray) and reward.shape == () and reward.dtype.kind in "fiub"
+        ):
+            return float(reward)
+        found = f"shape {reward.shape}" if isinstance(reward, np.ndarray) else f"a {type(reward).__name__}"
+        raise UserError(f"{self._here()}: the reward is {found}, expected one number: return `float(reward)`")
+
+    def _here(self) -> str:
+        return f"{self.label}, step {self._steps} of its episode" if self._steps else f"{self.label}, reset"
+
+
+class ActionRepeat(Wrapper):
+    """Does each action several times and sums the rewards; stops early where the episode ends."""
+
+    def __init__(self, env: gymnasium.Env[Any, Any], times: int) -> None:
+        super().__init__(env)
+        self._times = times
+
+    def step(self, action: Any) -> Stepped:
+        """The last observation, flags and info, and the sum of the rewards."""
+        total = 0.0
+        for _ in range(self._times):
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        return observation, total, terminated, truncated, info
+
+
+class ChannelsFirst(gymnasium.ObservationWrapper[Any, Any, Any]):
+    """Images (H, W, C) as (C, H, W), and (H, W) as (1, H, W)."""
+
+    def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
+        super().__init__(env)
+        space = env.observation_space
+        assert isinstance(space, spaces.Box)
+        low, high = self.observation(space.low), self.observation(space.high)
+        self.observation_space = spaces.Box(low, high, dtype=space.dtype.type)
+
+    def observation(self, observation: NDArray[Any]) -> NDArray[Any]:
+        """The same pixels in the other order."""
+        if observation.ndim == 2:
+            return observation[None]
+        return np.ascontiguousarray(observation.transpose(2, 0, 1))
+
+
+class FrameStack(Wrapper):
+    """The last observations one after the other along the first axis, oldest first.
+
+    At the start of an episode its first observation fills the places of those that are not there yet.
+    """
+
+    def __init__(self, env: gymnasium.Env[Any, Any], count: int) -> None:
+        super().__init__(env)
+        space = env.observation_space
+        assert isinstance(space, spaces.Box)
+        low, high = np.concatenate([space.low] * count), np.concatenate([space.high] * count)
+        self.observation_space = spaces.Box(low, high, dtype=space.dtype.type)
+        self._frames: deque[NDArray[Any]] = deque(maxlen=count)
+        self._count = count
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode with the first observation repeated."""
+        observation, info = self.env.reset(seed=seed, options=options)
+        self._frames.extend([np.array(observation)] * self._count)
+        return np.concatenate(self._frames), info
+
+    def step(self, action: Any) -> Stepped:
+        """Do `action`, and drop the oldest observation for the new one."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self._frames.append(np.array(observation))  # a copy: the environment may use its array again
+        return np.concatenate(self._frames), float(reward), terminated, truncated, info

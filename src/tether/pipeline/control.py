@@ -1,0 +1,258 @@
+"""`tether control`: an environment becomes a world with a policy in it, and the loop runs in a folder.
+
+The learner, the loop and the run's folder are those of `tether ppo`. Here is also how the policy of such a run is
+tried: `tether control --eval RUN`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+
+from tether.config import config_from_dict
+from tether.control.environments import Environments, EnvironmentsConfig, make_environment
+from tether.control.normalisation import ObservationNormaliser
+from tether.control.policy import ControlPolicy, NetworkConfig
+from tether.control.vectors import success_of
+from tether.control.world import ControlCollectConfig, ControlWorld, load_policy
+from tether.errors import UserError
+from tether.pipeline.training import Trained, restore, train_in_folder
+from tether.ppo import AdvantageConfig, Learner, LearnerConfig
+from tether.runs import latest_checkpoint, read_config
+from tether.runs.random_states import seed_random_states
+from tether.train import Iteration
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """PPO for control: everything that can be set, with its default."""
+
+    env: str = ""
+    """Registered id of a gymnasium environment, such as CartPole-v1, or `file.py:make_env`."""
+    output: str = "runs/control"
+    """Folder of the run: configuration, metrics, episodes, checkpoints."""
+    total_steps: int = 100_000
+    """Environment steps of the run, over all environments; the last iteration is done whole."""
+    seed: int = 0
+    """Of everything random: the networks, the actions, the environments, the order of minibatches."""
+    device: str = "cpu"
+    """Torch device of the networks, e.g. cpu or cuda."""
+    checkpoint_every: int = 50
+    """Iterations between checkpoints; the last iteration always has one."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+    overwrite: bool = False
+    """Replace a run that `output` already holds."""
+    environments: EnvironmentsConfig = field(default_factory=EnvironmentsConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    collect: ControlCollectConfig = field(default_factory=ControlCollectConfig)
+    advantage: AdvantageConfig = field(default_factory=lambda: AdvantageConfig(gamma=0.99))
+    learner: LearnerConfig = field(
+        default_factory=lambda: LearnerConfig(learning_rate=3e-4, adam_epsilon=1e-5, max_gradient_norm=0.5)
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}, expected 0 or more, and below 2^63")
+        if not self.output:
+            raise ValueError("output is empty, expected the folder of the run")
+        if not self.advantage.uses_critic:
+            raise ValueError(
+                f"advantage.estimator {self.advantage.estimator} compares episodes from the same start, which control "
+                "has not: expected gae"
+            )
+        batch = self.environments.count * self.collect.steps
+        if batch < self.learner.minibatches:
+            raise ValueError(
+                f"learner.minibatches is {self.learner.minibatches}, but an iteration has only {batch} steps "
+                "(environments.count × collect.steps)"
+            )
+
+    @property
+    def iterations(self) -> int:
+        """Turns of collect, credit, update."""
+        return math.ceil(self.total_steps / (self.environments.count * self.collect.steps))
+
+
+def build_control(config: ControlConfig, checkpoint: Path | None = None) -> tuple[ControlWorld, Learner]:
+    """World and learner of a configuration, at the start of the run or where `checkpoint` left it.
+
+    Raises:
+        UserError: the environment cannot be made or used, or the checkpoint is of another.
+    """
+    if not config.env:
+        raise UserError("no environment given: name one with --env, such as CartPole-v1")
+    seed_random_states(config.seed)
+    environments = Environments(config.env, config.environments, config.seed)
+    policy = ControlPolicy(environments.observation_space, environments.action_space, config.network, config.seed)
+    policy.to(config.device)
+    world = ControlWorld(policy, environments, config.collect, config.advantage.gamma, config.seed)
+    if checkpoint is not None:
+        load_policy(checkpoint, policy, None)
+    learner = Learner(policy, config.learner, config.advantage, None, config.iterations, config.seed)
+    if checkpoint is not None:
+        restore(checkpoint, world, learner)
+    return world, learner
+
+
+def train_control(
+    config: ControlConfig, resume: bool = False, report: Callable[[Iteration], None] | None = None
+) -> Trained[ControlWorld]:
+    """Train as configured, in a folder: see `tether.pipeline.training.train_in_folder`. Environments are left open.
+
+    Raises:
+        UserError: something the user brought cannot work.
+    """
+    return train_in_folder(config, lambda checkpoint: build_control(config, checkpoint), resume, report)
+
+
+@dataclass(frozen=True)
+class ControlEvalConfig:
+    """Try the policy of a run."""
+
+    eval: str = ""
+    """Folder of the run; its newest checkpoint is tried."""
+    episodes: int = 100
+    """How many to play."""
+    sample: bool = False
+    """Draw actions as in training, instead of taking the likeliest."""
+    seed: int = 0
+    """Of the environment and of sampled actions."""
+    record: str | None = None
+    """File (.gif or .mp4) for a film of the first episode."""
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1:
+            raise ValueError(f"episodes is {self.episodes}, expected at least 1")
+        if self.record is not None and Path(self.record).suffix not in (".gif", ".mp4"):
+            raise ValueError(f"record is {self.record!r}, expected a file name that ends in .gif or .mp4")
+
+
+@dataclass(frozen=True)
+class ControlEvaluation:
+    """What came of the episodes, one entry each; success is None where the environment does not speak of it."""
+
+    returns: list[float]
+    lengths: list[int]
+    success: list[float] | None
+
+
+def evaluate_control(config: ControlEvalConfig) -> ControlEvaluation:
+    """Play episodes with the policy of a run, and print what came of them.
+
+    Statistics of observations stay as training left them; rewards are the environment's own.
+
+    Raises:
+        UserError: the run or its environment cannot be used.
+    """
+    folder = Path(config.eval)
+    run = config_from_dict(ControlConfig, read_config(folder), str(folder / "config.yaml"))
+    found = latest_checkpoint(folder)
+    if found is None:
+        raise UserError(f"{folder}: no checkpoint to evaluate")
+    player = Player.load(run, found[1])
+    with closing(make_environment(run.env, run.environments, "rgb_array" if config.record else None)) as environment:
+        generator = torch.Generator().manual_seed(config.seed) if config.sample else None
+        returns, lengths, success = [], [], []
+        for episode in range(config.episodes):
+            filmed = config.record if episode == 0 else None
+            with _film(filmed, environment.metadata.get("render_fps", 30)) as add_frame:
+                observation, _ = environment.reset(seed=config.seed if episode == 0 else None)
+                total, length, over = 0.0, 0, False
+                while not over:
+                    add_frame(environment)
+                    action = player.act(observation, generator)
+                    observation, reward, terminated, truncated, info = environment.step(action)
+                    total, length, over = total + float(reward), length + 1, terminated or truncated
+                add_frame(environment)
+            returns.append(total)
+            lengths.append(length)
+            if (succeeded := success_of(info)) is not None:
+                success.append(succeeded)
+    evaluation = ControlEvaluation(returns, lengths, success or None)
+    _show(Console(highlight=False, soft_wrap=True), config, run, found[0], evaluation)
+    return evaluation
+
+
+@dataclass(frozen=True)
+class Player:
+    """A trained policy with the statistics that its observations are normalised by."""
+
+    policy: ControlPolicy
+    normaliser: ObservationNormaliser | None
+
+    @classmethod
+    def load(cls, config: ControlConfig, checkpoint: Path) -> Player:
+        """The policy of a run's checkpoint, on the CPU."""
+        with closing(make_environment(config.env, config.environments)) as environment:
+            observations: Any = environment.observation_space
+            policy = ControlPolicy(observations, environment.action_space, config.network)
+        normaliser = ObservationNormaliser(observations.shape) if config.collect.normalise_observations else None
+        load_policy(checkpoint, policy, normaliser)
+        return cls(policy, normaliser)
+
+    def act(self, observation: NDArray[Any], generator: torch.Generator | None = None) -> Any:
+        """One action, as the environment takes it: the likeliest, or drawn where there is a generator."""
+        observations = observation[None]
+        if self.normaliser is not None:
+            observations = self.normaliser.normalise(observations)
+        noise = None if generator is None else self.policy.noise(1, 1, generator)[0]
+        return self.policy.to_environment(self.policy.act(torch.from_numpy(observations), noise))[0]
+
+
+@contextmanager
+def _film(path: str | None, frames_per_second: int) -> Iterator[Callable[[Any], None]]:
+    """Gives a function that films an environment's present state; without a path it does nothing."""
+    if path is None:
+        yield lambda environment: None
+        return
+    try:
+        import imageio.v3 as imageio
+    except ImportError as error:
+        raise UserError(f'{path}: films need imageio: pip install "tether[control]"') from error
+    frames: list[NDArray[Any]] = []
+    yield lambda environment: frames.append(environment.render())
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {"fps": frames_per_second} if path.endswith(".mp4") else {
+        "duration": 1000 / frames_per_second, "loop": 0
+    }  # fmt: skip
+    imageio.imwrite(path, np.stack(frames), **options)
+
+
+def _show(
+    console: Console, config: ControlEvalConfig, run: ControlConfig, iteration: int, evaluation: ControlEvaluation
+) -> None:
+    returns = np.array(evaluation.returns)
+    how = "actions drawn" if config.sample else "greedy"
+    error = f" ± {returns.std(ddof=1) / math.sqrt(len(returns)):.1f}" if len(returns) > 1 else ""
+    console.print(f"{run.env}, iteration {iteration}, {len(returns)} episodes, {how}")
+    span = f"from {returns.min():.1f} to {returns.max():.1f}"
+    console.print(f"  mean return  [bold]{returns.mean():.1f}[/bold]{error}   {span}")
+    console.print(f"  mean length  {np.mean(evaluation.lengths):.1f}")
+    if evaluation.success is not None:
+        console.print(f"  success      {np.mean(evaluation.success):.1%}")
+    if config.record is not None:
+        console.print(f"  film         {config.record}", markup=False)
+
+
+__all__ = [
+    "ControlConfig",
+    "ControlEvalConfig",
+    "ControlEvaluation",
+    "Player",
+    "build_control",
+    "evaluate_control",
+    "train_control",
+]
