@@ -8,6 +8,7 @@ The `v5` ids have sticky actions besides (Machado et al. 2018): with a probabili
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 ENTRY_POINT = "ale_py.vector_env:AtariVectorEnv"
 _SCREEN = {"img_height": 210, "img_width": 160, "grayscale": False, "stack_num": 1}
+_OLDEST = [0, 12]
 SEEDS = 2**31
 """Seeds are below: the emulator takes 32 bits with a sign."""
 
@@ -62,10 +64,12 @@ def atari_options(label: str, config: EnvironmentsConfig, *, training: bool) -> 
     ):
         if options.get(option, value) != value:
             raise UserError(f"{label}: option `{option}` is {options[option]}, expected {value}: {remedy}")
+    frameskip = options.get("frameskip", 4)
+    if type(frameskip) is not int or frameskip < 1:
+        raise UserError(f"{label}: option `frameskip` is {frameskip}, expected a whole number of at least 1")
     if config.max_episode_steps is not None:
         if "max_num_frames_per_episode" in options:
             raise UserError(f"{label}: max_episode_steps and option `max_num_frames_per_episode`: give one of them")
-        frameskip = options.get("frameskip", 4)
         options["max_num_frames_per_episode"] = config.max_episode_steps * frameskip
     if not training:
         options |= {"reward_clipping": False, "episodic_life": False}
@@ -73,7 +77,14 @@ def atari_options(label: str, config: EnvironmentsConfig, *, training: bool) -> 
 
 
 def make_games(name: str, count: int, options: dict[str, Any]) -> gymnasium.vector.VectorEnv[Any, Any, Any]:
-    """`count` games of the id `name`, stepped together. An ended one must be reset before the next step."""
+    """`count` games of the id `name`, stepped together. An ended one must be reset before the next step.
+
+    Raises:
+        UserError: ale-py is too old to begin one game anew with a seed of its own.
+    """
+    found = importlib.metadata.version("ale-py")
+    if [int(part) for part in found.split(".")[:2]] < _OLDEST:
+        raise UserError(f"environment `{name}`: found ale-py {found}, expected 0.12 or newer: `pip install -U ale-py`")
     return gymnasium.make_vec(name, num_envs=count, vectorization_mode="vector_entry_point", **options)
 
 

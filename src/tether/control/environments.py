@@ -183,10 +183,10 @@ class Environments:
         return int(np.random.SeedSequence(self._seed, spawn_key=(index, episode)).generate_state(1)[0]) >> 1
 
     def _check_finite(self, observations: NDArray[Any], rewards: NDArray[np.float64] | None) -> None:
-        # One number is infinite or NaN where any is; it may also be so for very large ones, so the slow look decides.
+        # The sum of squares is not finite where any number is not. Very large ones overflow too: the slow look decides.
         if self._floats and not math.isfinite(np.vdot(observations, observations)):
             self._refuse(~np.isfinite(observations), observations, "observation")
-        if rewards is not None and not math.isfinite(math.fsum(rewards) if self.count < 64 else rewards.sum()):
+        if rewards is not None and not math.isfinite(np.vdot(rewards, rewards)):
             self._refuse(~np.isfinite(rewards), rewards, "reward")
 
     def _refuse(self, wrong: NDArray[np.bool_], values: NDArray[Any], what: str) -> None:
@@ -251,16 +251,15 @@ class Environments:
             self._lengths[:] = 0
             return True
         seen = state["observations"].numpy()
-        if isinstance(self._vector, Automatic):
-            attributes = state.get("attributes")
-            if state["form"] == "attributes" and attributes is not None and self._vector.snapshot() is not None:
-                self._vector.restore(attributes)
+        if state["form"] != ("attributes" if isinstance(self._vector, Automatic) else "actions"):
+            reason = "they were stepped in another way (`vectorization`) when they were saved"
+        elif isinstance(self._vector, Automatic):
+            if state["attributes"] is not None and self._vector.snapshot() is not None:
+                self._vector.restore(state["attributes"])
                 self._lengths = state["lengths"].numpy().copy()
                 self.observations = seen.copy()
                 return True
             reason = "this native environment keeps a state that cannot be saved; `vectorization: sync` resumes exactly"
-        elif state["form"] != "actions":
-            reason = "the saved state is of a native environment"
         else:
             self._replay(state["actions"].numpy(), state["lengths"].numpy())
             assert self.observations is not None

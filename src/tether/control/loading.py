@@ -21,7 +21,7 @@ from tether.errors import UserError
 from tether.yaml_file import one_line
 
 INSTALL = '`pip install "tether[control]"` brings Box2D, MuJoCo and the Atari games'
-_HERE = str(Path(__file__).parent)
+_NOT_THE_USERS = (str(Path(__file__).parent), str(Path(traceback.__file__).parent))  # this room, the standard library
 
 
 def import_named(label: str, place: str) -> ModuleType:
@@ -106,7 +106,11 @@ def one_line_errors(what: str) -> Iterator[None]:
 def reason_of(error: BaseException) -> str:
     """Kind, message and place of an exception from a user's code, in one line."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
-    own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(_HERE)]
+    own = [
+        frame
+        for frame in frames
+        if not frame.filename.startswith(_NOT_THE_USERS) and "site-packages" not in frame.filename
+    ]
     place = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
     text = one_line(str(error))[:300]
     return f"{type(error).__name__}: {text}{place}" if text else f"{type(error).__name__}{place}"

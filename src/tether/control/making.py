@@ -134,23 +134,23 @@ def find_source(env: str) -> Source:
 def build(
     source: Source, config: EnvironmentsConfig, render_mode: str | None = None, *, training: bool, place: str = ""
 ) -> Env:
-    """One environment from `source`, checked and wrapped. `place` tells it from others in messages."""
-    label = f"{source.label}{place}"
+    """One environment from `source`, checked and wrapped. `place` tells it from others where it goes wrong."""
+    label = source.label
     if source.spec is not None and is_atari(source.spec):
         options = atari_options(label, config, training=training)
         with one_line_errors(f"{label}: cannot be made"):
             check_options(label, atari_creator(), config.options, source.spec.kwargs)
-            return Checked(AtariEnvironment(source.spec.id, options, render_mode), label)
+            return Checked(AtariEnvironment(source.spec.id, options, render_mode), label + place)
     if source.spec is not None:
         env = _make_registered(label, source.spec, config, render_mode)
     else:
         assert source.factory is not None
         env = _call_factory(label, source.factory, config, render_mode)
     layout = check_spaces(label, getattr(env, "observation_space", None), getattr(env, "action_space", None))
-    env = Checked(env, label)
+    env = Checked(env, label + place)
     if config.action_repeat > 1:
         env = ActionRepeat(env, config.action_repeat)
-    if layout != "as it is":
+    if layout == "to be transposed":
         env = ChannelsFirst(env)
     if config.frame_stack > 1:
         env = FrameStack(env, config.frame_stack)
@@ -290,6 +290,9 @@ def _find_spec(label: str, name: str) -> EnvSpec:
         return gymnasium.registry[name]
     if name.startswith("ALE/") and importlib.util.find_spec("ale_py") is None:
         raise UserError(f"{label}: needs the package ale-py, which is not installed: {INSTALL}")
+    elsewhere = [key for key in gymnasium.registry if key.endswith(f"/{name}")]
+    if elsewhere:
+        raise UserError(f"{label}: no such id is registered with gymnasium; did you mean `{elsewhere[0]}`?")
     versions = sorted(
         (key for key in gymnasium.registry if re.sub(r"-v\d+$", "", key) == re.sub(r"-v\d+$", "", name)),
         key=lambda key: (len(key), key),

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 import gymnasium
@@ -101,12 +102,12 @@ class Workers:
     def __init__(self, label: str, makers: Sequence[Callable[[], Env]]) -> None:
         self._label = label
         self._waiting = False
+        first = makers[0]()  # what cannot be made is told before there are any processes
+        first.close()
+        stand_in = StandIn(first.observation_space, first.action_space)
+        starts = [functools.partial(_start, make, stand_in, os.getpid()) for make in makers]
         with one_line_errors(f"{label}: its worker processes cannot be started"):
-            self._vector = AsyncVectorEnv(
-                [functools.partial(_reported, make) for make in makers],
-                copy=False,
-                autoreset_mode=AutoresetMode.DISABLED,
-            )
+            self._vector = AsyncVectorEnv(starts, copy=False, autoreset_mode=AutoresetMode.DISABLED)
         self.observation_space: Any = self._vector.single_observation_space
         self.action_space: Any = self._vector.single_action_space
 
@@ -126,7 +127,12 @@ class Workers:
         try:
             answer = call()
         except (EOFError, OSError) as error:
-            gone = [p.exitcode for p in self._vector.processes if not p.is_alive()]
+            # A pipe ends a moment before its process does.
+            ended = wait([process.sentinel for process in self._vector.processes], timeout=1.0)
+            for process in self._vector.processes:
+                if process.sentinel in ended:
+                    process.join(1.0)
+            gone = [process.exitcode for process in self._vector.processes if process.exitcode is not None]
             self.close()
             raise UserError(
                 f"{self._label}: a worker process ended{f' with exit code {gone[0]}' if gone else ''} (it crashed, or "
@@ -154,8 +160,28 @@ class Workers:
         self._vector.closed = True
 
 
-def _reported(make: Callable[[], Env]) -> Env:
-    return Reported(make())
+class StandIn(gymnasium.Env[Any, Any]):
+    """Has the spaces of an environment, and at most tells why that one is not here."""
+
+    def __init__(self, observation_space: Any, action_space: Any, error: str = "") -> None:
+        self.observation_space = observation_space
+        self.action_space = action_space
+        self.error = error
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """The error."""
+        raise UserError(self.error)
+
+
+def _start(make: Callable[[], Env], stand_in: StandIn, parent: int) -> Env:
+    """The environment in a worker process; in the parent, where gymnasium asks for the spaces only, no second one."""
+    if os.getpid() == parent:
+        return stand_in
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends the workers
+    try:
+        return Reported(make())
+    except UserError as error:
+        return Reported(StandIn(stand_in.observation_space, stand_in.action_space, str(error)))
 
 
 class Reported(gymnasium.Wrapper[Any, Any, Any, Any]):
@@ -168,8 +194,6 @@ class Reported(gymnasium.Wrapper[Any, Any, Any, Any]):
         super().__init__(env)
         space = env.observation_space
         self._nothing = np.zeros(space.shape or (), dtype=space.dtype)
-        if multiprocessing.parent_process() is not None:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends the workers
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """The environment's own, or the error."""
@@ -272,8 +296,10 @@ class Automatic:
                     attributes[name] = ["generator", json.dumps(value.bit_generator.state)]
                 except TypeError:  # the state of this kind of generator holds arrays
                     return None
-            elif value is None or isinstance(value, (bool, float, str)):
+            elif value is None or isinstance(value, (bool, str)):
                 attributes[name] = ["plain", value]
+            elif isinstance(value, float):
+                attributes[name] = ["plain", float(value)]  # numpy's float64 is a float too
             elif isinstance(value, int):
                 attributes[name] = ["integer", str(value)]  # of any size
             elif type(value) is np.ndarray and value.ndim > 0 and value.dtype.kind in "fiub":

@@ -51,11 +51,11 @@ class DemoConfig:
     """The numbers to add go from 0 to this."""
     held_out: float = 0.1
     """Share of the problems that neither phase of training sees."""
-    wrong: float = 0.4
+    wrong: float = 0.43
     """Share of the answers that are wrong in the text for fine-tuning."""
     sft_steps: int = 1700
     """Optimizer steps of fine-tuning."""
-    iterations: int = 60
+    iterations: int = 90
     """Iterations of PPO."""
 
     def __post_init__(self) -> None:
@@ -206,7 +206,7 @@ def _reinforce(
         advantage=AdvantageConfig(lam=1.0),
         learner=LearnerConfig(
             epochs=2,
-            learning_rate=3e-4,
+            learning_rate=5e-4,
             value_learning_rate=3e-3,
             schedule="linear",
             value_coefficient=0.1,

@@ -190,19 +190,21 @@ class Learner:
         """Gradients of one minibatch, microbatch by microbatch: the cut does not change them."""
         self.optimizer.zero_grad(set_to_none=True)
         weights = step_weights(trajectories.mask[rows], self.config.aggregation)
-        sums: dict[str, Tensor] = {}
+        names: list[str] = []
+        sums: Tensor | float = 0.0
         for part in self._microbatches(trajectories.context.lengths[rows]):
             micro = trajectories.select(rows[part])
             steps = micro.mask.shape[1]
             losses = self._losses(micro, advantages[rows[part], :steps], returns[rows[part], :steps])
-            # only what the mask holds is summed: 0 · nan would still be nan
-            mask, weight = micro.mask, weights[part, :steps][micro.mask]
-            weighted = {name: (loss[mask] * weight).sum() for name, loss in losses.items()}
-            weighted["loss"].backward()
-            for name, value in weighted.items():
-                sums[name] = sums.get(name, torch.zeros_like(value.detach())) + value.detach()
+            # what the mask leaves out is replaced, not multiplied by 0: 0 · nan would still be nan
+            hidden, weight = ~micro.mask, weights[part, :steps]
+            (losses["loss"].masked_fill(hidden, 0.0) * weight).sum().backward()
+            with torch.no_grad():
+                names = list(losses)
+                sums = sums + (torch.stack(list(losses.values())).masked_fill(hidden, 0.0) * weight).sum(dim=(1, 2))
+        assert isinstance(sums, Tensor)
         sum_gradients(self._parameters())
-        return dict(zip(sums, all_sum(torch.stack(list(sums.values()))).tolist(), strict=True))
+        return dict(zip(names, all_sum(sums).tolist(), strict=True))
 
     def _losses(self, micro: Trajectories, advantages: Tensor, returns: Tensor) -> dict[str, Tensor]:
         """Every step's loss and what is reported beside it, each (n, t); `loss` carries the gradient."""
@@ -211,7 +213,9 @@ class Learner:
         policy_loss, was_clipped = clipped_surrogate(
             evaluation.log_probs, micro.log_probs, advantages, config.clip_low, config.clip_high, config.dual_clip
         )
-        loss = policy_loss - config.entropy_coefficient * evaluation.entropy
+        loss = policy_loss
+        if config.entropy_coefficient != 0:
+            loss = loss - config.entropy_coefficient * evaluation.entropy
         with torch.no_grad():
             reported = {
                 "policy_loss": policy_loss,
@@ -232,6 +236,9 @@ class Learner:
 
     def _microbatches(self, lengths: Tensor) -> Iterator[Tensor]:
         """Indices into `lengths` (n,), longest first, in parts of at most `microbatch_size` with padding."""
+        if len(lengths) * int(lengths.max()) <= self.config.microbatch_size:
+            yield torch.arange(len(lengths), device=lengths.device)
+            return
         order = torch.argsort(lengths, descending=True, stable=True)
         start = 0
         while start < len(order):
