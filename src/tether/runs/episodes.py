@@ -15,8 +15,8 @@ Knows `Episode` and SQL; nothing of training. The table, in `episodes.db` (write
       details       TEXT                  JSON object: the world's own facts, such as the parts of the score
       actions       TEXT                  JSON list of text, one per step
       action_ids    TEXT                  JSON list, one per step: a token id, or a control
-      states        TEXT                  JSON list of text, one per step: what was observed before the action (NULL where
-                                          that is the prompt and the actions so far)
+      states        TEXT                  JSON list of text, one per step: what was observed before the action (NULL
+                                          where that is the prompt and the actions so far)
       log_probs, "values", rewards, advantages, returns, reference_log_probs
                     BLOB                  one little-endian float32 per step: numpy.frombuffer(blob, "<f4")
                                           (reference_log_probs NULL without a reference)
