@@ -184,6 +184,15 @@ def _evaluate(arguments: list[str]) -> int:
     return 0
 
 
+def _explain(arguments: list[str]) -> int:
+    from tether.config import load_config
+    from tether.pipeline.explain import ExplainConfig, explain
+
+    description = "One episode of a language model and one of a controller in the same table."
+    explain(load_config(ExplainConfig, arguments, "tether explain", description))
+    return 0
+
+
 def _demo(arguments: list[str]) -> int:
     from tether.config import load_config
     from tether.pipeline.demo import DemoConfig, demo
@@ -207,6 +216,7 @@ COMMANDS = {
     "sft": _Command("fine-tune a language model on text or chat", _sft),
     "generate": _Command("responses of a policy to prompts", _generate),
     "eval": _Command("mean score and pass@k of a policy on prompts with a reward", _evaluate),
+    "explain": _Command("one episode of each world in the same table", _explain),
     "prove": _Command("PPO in a world whose optimum is known: how near does it come?", _prove),
 }
 

@@ -37,6 +37,7 @@ from tether.runs.episode_table import episode_table
 
 FIRST_QUESTION = (2, 2)
 EOS = "</s>"
+SFT_BATCH = 128  # answers in each step of fine-tuning
 
 
 @dataclass(frozen=True)
@@ -157,43 +158,34 @@ def make_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     return prepare_model(GPT2LMHeadModel(config))
 
 
-def _fine_tune(
-    config: DemoConfig,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    seen: list[tuple[int, int]],
-    rng: random.Random,
-) -> None:
-    batch = 128
+def sloppy_rows(config: DemoConfig, seen: list[tuple[int, int]], rng: random.Random) -> list[dict[str, str]]:
+    """Problems with answers for fine-tuning, as many of them wrong as the configuration says."""
     rows = []
-    for _ in range(config.sft_steps * batch):
+    for _ in range(config.sft_steps * SFT_BATCH):
         problem = rng.choice(seen)
         answer = sum(problem)
         if rng.random() < config.wrong:
             answer = rng.choice([n for n in range(max(0, answer - 2), answer + 3) if n != answer])
         rows.append({"prompt": question(problem), "completion": str(answer)})
-    settings = SFTConfig(
+    return rows
+
+
+def sft_settings(config: DemoConfig) -> SFTConfig:
+    """How the model reads the sloppy arithmetic."""
+    return SFTConfig(
         learning_rate=2e-3,
         weight_decay=0.1,
         adam_beta2=0.98,
-        batch_size=batch,
+        batch_size=SFT_BATCH,
         warmup_steps=30,
         seed=config.seed,
         microbatch_tokens=16384,
     )
-    with Display(config.sft_steps, ("loss", "time/tokens_per_second"), unit="step") as display:
-
-        def report(metrics: dict[str, float]) -> None:
-            if metrics["step"] % 200 == 0 and metrics["step"]:
-                display.update(int(metrics["step"]), metrics)
-
-        fine_tune(model, tokenizer, rows, settings, report)
 
 
-def _reinforce(
-    config: DemoConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seen: list[tuple[int, int]]
-) -> Trained[LanguageWorld]:
-    settings = PPOConfig(
+def ppo_settings(config: DemoConfig) -> PPOConfig:
+    """How the verifier teaches it."""
+    return PPOConfig(
         output=config.output,
         overwrite=True,
         iterations=config.iterations,
@@ -213,10 +205,31 @@ def _reinforce(
             microbatch_size=16384,
         ),
     )
+
+
+def _fine_tune(
+    config: DemoConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    seen: list[tuple[int, int]],
+    rng: random.Random,
+) -> None:
+    with Display(config.sft_steps, ("loss", "time/tokens_per_second"), unit="step") as display:
+
+        def report(metrics: dict[str, float]) -> None:
+            if metrics["step"] % 200 == 0 and metrics["step"]:
+                display.update(int(metrics["step"]), metrics)
+
+        fine_tune(model, tokenizer, sloppy_rows(config, seen, rng), sft_settings(config), report)
+
+
+def _reinforce(
+    config: DemoConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seen: list[tuple[int, int]]
+) -> Trained[LanguageWorld]:
     parts = Parts(model, tokenizer, [question(problem) for problem in seen])
     columns = ("score", "reward", "kl", "entropy", "clip_fraction")
     with Display(config.iterations, columns) as display:
-        return train_ppo(settings, parts, report=lambda step: display.update(step.number, step.metrics))
+        return train_ppo(ppo_settings(config), parts, report=lambda step: display.update(step.number, step.metrics))
 
 
 def as_prompts(problems: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

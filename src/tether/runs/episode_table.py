@@ -19,12 +19,13 @@ def episode_table(episode: Episode, rows: int | None = None) -> Table:
         rows: at most so many steps, those of the start and of the end; None: all.
     """
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("step", justify="right", no_wrap=True)
+    # a narrow terminal cuts states, never numbers
+    table.add_column("step", justify="right", no_wrap=True, min_width=4)
     table.add_column("state", no_wrap=True)
-    table.add_column("action", style="bold", no_wrap=True)
+    table.add_column("action", style="bold", no_wrap=True, min_width=6)
     names = ["log π"] + (["KL"] if episode.reference_log_probs else []) + ["V(s)", "reward", "advantage", "return"]
     for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=True, min_width=max(7, len(name)))
     steps = len(episode.actions)
     head, tail = (steps, 0) if rows is None or rows >= steps else ((rows + 1) // 2, rows // 2)
     for step in range(steps):
