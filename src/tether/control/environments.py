@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -35,6 +35,7 @@ from tether.control.making import (
     find_source,
     make_environment,
     takes_options,
+    wrap,
 )
 from tether.control.vectors import Automatic, Games, Loop, Seeded, Workers
 from tether.errors import UserError
@@ -99,12 +100,41 @@ class Environments:
 
     def __init__(self, env: str, config: EnvironmentsConfig, seed: int) -> None:
         source = find_source(env)
-        self.count = config.count
-        self.kind, self._vector = _make(source, config)
+        self._set_up(source.label, *_make(source, config), config.count, seed)
+
+    @classmethod
+    def of(cls, envs: Sequence[gymnasium.Env[Any, Any]], seed: int) -> Environments:
+        """Environments that are made already, stepped one after the other in this process.
+
+        For those that no configuration describes, since they hold a function or a tokenizer. They are checked, seeded
+        and resumed as others are, and belong to the result, which closes them.
+
+        Args:
+            envs: one or more, each an object of its own, all with the same spaces.
+            seed: of the episodes.
+
+        Raises:
+            UserError: they cannot be learnt from, or not together.
+        """
+        if not envs:
+            raise UserError("environments: found none, expected at least one")
+        for index, env in enumerate(envs):
+            if not isinstance(env, gymnasium.Env):
+                raise UserError(f"environment {index} is a {type(env).__name__}, expected a gymnasium.Env")
+        label = f"environment `{type(envs[0].unwrapped).__name__}`"
+        config = EnvironmentsConfig(count=len(envs), vectorization="sync")
+        checked = [wrap(env, config, label, _place(config, index)) for index, env in enumerate(envs)]
+        environments = cls.__new__(cls)
+        environments._set_up(label, "sync", _loop(label, checked), len(envs), seed)
+        return environments
+
+    def _set_up(self, label: str, kind: Kind, vector: Seeded | Automatic, count: int, seed: int) -> None:
+        self.count = count
+        self.kind, self._vector = kind, vector
         self.observation_space = self._vector.observation_space
         self.action_space = self._vector.action_space
         self.observations: NDArray[Any] | None = None
-        self._label = source.label
+        self._label = label
         self._seed = seed
         self._episodes = np.zeros(self.count, dtype=np.int64)  # begun so far
         self._lengths = np.zeros(self.count, dtype=np.int64)  # steps of the running ones
@@ -315,22 +345,28 @@ def _make(source: Source, config: EnvironmentsConfig) -> tuple[Kind, Seeded | Au
     makers = [functools.partial(_make_one, source.name, config, index) for index in range(config.count)]
     if kind == "async":
         return "async", Workers(source.label, makers)
-    envs = [make() for make in makers]
+    return "sync", _loop(source.label, [make() for make in makers])
+
+
+def _loop(label: str, envs: list[gymnasium.Env[Any, Any]]) -> Loop:
     for index, env in enumerate(envs):
         if any(env.unwrapped is other.unwrapped for other in envs[:index]):
-            raise UserError(f"{source.label}: returned the same environment twice, expected a new one from every call")
+            raise UserError(f"{label}: returned the same environment twice, expected a new one from every call")
         if env.observation_space != envs[0].observation_space or env.action_space != envs[0].action_space:
             raise UserError(
-                f"{source.label}: environments 0 and {index} have different spaces, expected the same for all: "
+                f"{label}: environments 0 and {index} have different spaces, expected the same for all: "
                 f"{env.observation_space}, {env.action_space}"
             )
-    return "sync", Loop(envs)
+    return Loop(envs)
 
 
 def _make_one(env: str, config: EnvironmentsConfig, index: int) -> gymnasium.Env[Any, Any]:
     """One of several. A worker process finds the environment itself: a function from a file cannot be sent to it."""
-    place = f", index {index}" if config.count > 1 else ""
-    return build(find_source(env), config, training=True, place=place)
+    return build(find_source(env), config, training=True, place=_place(config, index))
+
+
+def _place(config: EnvironmentsConfig, index: int) -> str:
+    return f", index {index}" if config.count > 1 else ""
 
 
 def _not_native(source: Source, config: EnvironmentsConfig) -> str:

@@ -146,6 +146,11 @@ def build(
     else:
         assert source.factory is not None
         env = _call_factory(label, source.factory, config, render_mode)
+    return wrap(env, config, label, place)
+
+
+def wrap(env: Env, config: EnvironmentsConfig, label: str, place: str = "") -> Env:
+    """`env` checked and wrapped as `config` says. `place` tells it from others where it goes wrong."""
     layout = check_spaces(label, getattr(env, "observation_space", None), getattr(env, "action_space", None))
     env = Checked(env, label + place)
     if config.action_repeat > 1:

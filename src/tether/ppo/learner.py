@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from tether.ppo.advantages import AdvantageConfig, estimate
 from tether.ppo.distributed import all_sum, sum_gradients
 from tether.ppo.kl import KLConfig, KLController, estimate_kl
 from tether.ppo.objective import clipped_surrogate, step_weights, value_loss
-from tether.ppo.trajectories import ActorCritic, Trajectories
+from tether.ppo.trajectories import ActorCritic, Context, Trajectories, last_step
 
 
 @dataclass(frozen=True)
@@ -151,22 +151,19 @@ class Learner:
         """
         config = self.config
         kl = self._kl_per_episode(trajectories)
-        if trajectories.markov:
-            advantages, returns = (x[trajectories.mask].unsqueeze(1) for x in (advantages, returns))
-            trajectories = trajectories.steps()
-        if len(trajectories) < config.minibatches:
+        batch = _Batch.of(trajectories, advantages, returns)
+        rows = len(batch.mask)
+        if rows < config.minibatches:
             what = "steps" if trajectories.markov else "episodes"
-            raise ValueError(
-                f"{len(trajectories)} {what} cannot be cut into {config.minibatches} minibatches; lower minibatches"
-            )
+            raise ValueError(f"{rows} {what} cannot be cut into {config.minibatches} minibatches; lower minibatches")
         self.updating = True
         rates = self._set_learning_rates()
         total = _Sums()
         stopped = False
         for _ in range(config.epochs):
-            order = torch.randperm(len(trajectories), generator=self.generator)
-            for rows in order.tensor_split(config.minibatches):
-                sums = self._accumulate_gradients(trajectories, advantages, returns, rows)
+            order = torch.randperm(rows, generator=self.generator)
+            for chosen in order.tensor_split(config.minibatches):
+                sums = self._accumulate_gradients(batch, chosen)
                 if config.target_kl is not None and sums["approx_kl"] > config.target_kl:
                     stopped = True
                     break
@@ -184,20 +181,17 @@ class Learner:
             self.kl.update(*kl)
         return metrics
 
-    def _accumulate_gradients(
-        self, trajectories: Trajectories, advantages: Tensor, returns: Tensor, rows: Tensor
-    ) -> dict[str, float]:
+    def _accumulate_gradients(self, batch: _Batch, rows: Tensor) -> dict[str, float]:
         """Gradients of one minibatch, microbatch by microbatch: the cut does not change them."""
         self.optimizer.zero_grad(set_to_none=True)
-        weights = step_weights(trajectories.mask[rows], self.config.aggregation)
+        weights = step_weights(batch.mask[rows], self.config.aggregation)
         names: list[str] = []
         sums: Tensor | float = 0.0
-        for part in self._microbatches(trajectories.context.lengths[rows]):
-            micro = trajectories.select(rows[part])
-            steps = micro.mask.shape[1]
-            losses = self._losses(micro, advantages[rows[part], :steps], returns[rows[part], :steps])
+        for part in self._microbatches(batch.context.lengths[rows]):
+            micro = batch.select(rows[part])
+            losses = self._losses(micro)
             # what the mask leaves out is replaced, not multiplied by 0: 0 · nan would still be nan
-            hidden, weight = ~micro.mask, weights[part, :steps]
+            hidden, weight = ~micro.mask, weights[part, : micro.mask.shape[1]]
             (losses["loss"].masked_fill(hidden, 0.0) * weight).sum().backward()
             with torch.no_grad():
                 names = list(losses)
@@ -206,12 +200,12 @@ class Learner:
         sum_gradients(self._parameters())
         return dict(zip(names, all_sum(sums).tolist(), strict=True))
 
-    def _losses(self, micro: Trajectories, advantages: Tensor, returns: Tensor) -> dict[str, Tensor]:
+    def _losses(self, micro: _Batch) -> dict[str, Tensor]:
         """Every step's loss and what is reported beside it, each (n, t); `loss` carries the gradient."""
         config = self.config
         evaluation = self.policy.evaluate(micro.context, micro.actions, micro.mask)
         policy_loss, was_clipped = clipped_surrogate(
-            evaluation.log_probs, micro.log_probs, advantages, config.clip_low, config.clip_high, config.dual_clip
+            evaluation.log_probs, micro.log_probs, micro.advantages, config.clip_low, config.clip_high, config.dual_clip
         )
         loss = policy_loss
         if config.entropy_coefficient != 0:
@@ -229,15 +223,15 @@ class Learner:
             loss = loss + self.kl.beta * kl_loss
             reported["kl_loss"] = kl_loss
         if self.advantage.uses_critic:
-            critic_loss = value_loss(evaluation.values, micro.values, returns, config.value_clip)
+            critic_loss = value_loss(evaluation.values, micro.values, micro.returns, config.value_clip)
             loss = config.value_coefficient * critic_loss + (0.0 if self._warming_value_up else loss)
             reported["value_loss"] = critic_loss
         return {"loss": loss} | reported
 
-    def _microbatches(self, lengths: Tensor) -> Iterator[Tensor]:
-        """Indices into `lengths` (n,), longest first, in parts of at most `microbatch_size` with padding."""
+    def _microbatches(self, lengths: Tensor) -> Iterator[Tensor | slice]:
+        """Indices into `lengths` (n,), longest first where one part is not enough, in parts of at most `microbatch_size` with padding."""
         if len(lengths) * int(lengths.max()) <= self.config.microbatch_size:
-            yield torch.arange(len(lengths), device=lengths.device)
+            yield slice(None)
             return
         order = torch.argsort(lengths, descending=True, stable=True)
         start = 0
@@ -253,7 +247,11 @@ class Learner:
             for parameter in self._policy_parameters:
                 parameter.grad = None
         limit = self.config.max_gradient_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self._parameters(), limit))
+        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        total = nn.utils.get_total_norm(gradients)
+        norm = float(total)
+        if norm > limit:
+            nn.utils.clip_grads_with_norm_(self._parameters(), limit, total)
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient's norm is {norm} in iteration {self.iteration + 1}: "
@@ -305,6 +303,41 @@ class Learner:
         moments = {int(index): moment for index, moment in state["optimizer"].items()}
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
         self.kl.load_state_dict(state["kl"])
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What an update reads of a batch; (N, T) each, rows being episodes or, where steps stand alone, single steps."""
+
+    context: Context
+    actions: Tensor
+    mask: Tensor
+    log_probs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    reference_log_probs: Tensor | None
+
+    @classmethod
+    def of(cls, trajectories: Trajectories, advantages: Tensor, returns: Tensor) -> _Batch:
+        mask, context = trajectories.mask, trajectories.context
+        numbers = (trajectories.log_probs, trajectories.values, advantages, returns, trajectories.reference_log_probs)
+        whole = cls(context, trajectories.actions, mask, *numbers)
+        if not trajectories.markov:
+            return whole
+        alone = {name: tensor[mask].unsqueeze(1) for name, tensor in whole._tensors()}
+        return replace(whole, context=context.steps(mask), **alone)
+
+    def select(self, rows: Tensor) -> _Batch:
+        """These rows, cut to the longest among them."""
+        taken = {name: tensor[rows] for name, tensor in self._tensors()}
+        steps = self.mask.shape[1]
+        if steps > 1 and (last := int(last_step(taken["mask"]).max()) + 1) < steps:
+            taken = {name: tensor[:, :last] for name, tensor in taken.items()}
+        return replace(self, context=self.context.select(rows), **taken)
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [(name, value) for name, value in vars(self).items() if isinstance(value, Tensor)]
 
 
 class _Sums:

@@ -116,14 +116,6 @@ class Trajectories:
         cut["groups"] = None if self.groups is None else self.groups[rows]
         return replace(self, **cut)
 
-    def steps(self) -> Trajectories:
-        """Every valid step as a row of its own, (n, 1), in the order of the mask; only where `markov`."""
-        alone: dict[str, Any] = {}
-        for name in _STEPWISE:
-            tensor = getattr(self, name)
-            alone[name] = None if tensor is None else tensor[self.mask].unsqueeze(1)
-        return replace(self, **alone, context=self.context.steps(self.mask), groups=None)
-
 
 _STEPWISE = (
     "actions",
