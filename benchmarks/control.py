@@ -10,14 +10,17 @@ imports and construction are not in it, everything else is, learning included. W
 
     tether        `train_control`: run folder with metrics, episodes and checkpoints, a printed line per iteration
     tether-bare   collection and updates alone (`iterate`): nothing is written or printed
+    tether-sync   as `tether`, but with CartPoles stepped one by one, as the others have them (only where named)
     sb3           `PPO.learn` with its Monitor and, as `verbose=1` asks, a printed table per iteration; no files
     cleanrl       the script: TensorBoard files and printed lines
 
-The ratios of the table are those of `tether`. What equal settings leave different: Tether normalises advantages over the
-batch, the others over each minibatch; CleanRL takes a time limit for the end of the world, the others do not. The clip
-range stays constant for all, which the RL Zoo lets fall to 0. Stable-Baselines3's value loss lacks the factor ½ of the
-others, so its coefficient is half of theirs. CleanRL's script runs from a copy with what gymnasium 1 needs and the
-clock, and nothing else changed (`CLEANRL_CHANGES`).
+The ratios in the table are Tether's speed, run folder included, divided by the other's. Steps that only begin a new
+episode do not count. What equal settings leave different: Tether normalises advantages over the batch, the others over
+each minibatch; CleanRL takes a time limit for the end of the world, the others do not. The clip range stays constant
+for all, which the RL Zoo lets fall to 0. Stable-Baselines3's value loss lacks the factor ½ of the others, so its
+coefficient is half of theirs. Tether steps gymnasium's native vector CartPole, its default, where the others, by their
+defaults too, step single ones: `--contestants tether tether-sync ...` shows what that makes. CleanRL's script runs from
+a copy with what gymnasium 1 needs and the clock, and nothing else changed (`CLEANRL_CHANGES`).
 
 Exit codes: 0, everything ran; 1, a run failed, and what it said is shown; 2, something is missing or was asked wrongly.
 """
@@ -98,8 +101,12 @@ class Clock:
 # --- what runs in a process of its own: it may import tether or the peers, whichever it needs ---
 
 
-def run_tether(setting: Setting, seed: int, clock: Clock, in_folder: bool) -> tuple[int, Episodes]:
+def run_tether(
+    setting: Setting, seed: int, clock: Clock, in_folder: bool = True, native: bool = True
+) -> tuple[int, Episodes]:
     """Steps done, and the episodes."""
+    import torch.utils.tensorboard  # noqa: F401  Tether waits with this import until the first line is logged
+
     from tether.control.environments import EnvironmentsConfig
     from tether.control.world import ControlCollectConfig, ControlWorld
     from tether.pipeline.control import ControlConfig, build_control
@@ -113,7 +120,7 @@ def run_tether(setting: Setting, seed: int, clock: Clock, in_folder: bool) -> tu
         output="run",
         total_steps=setting.total_steps,
         seed=seed,
-        environments=EnvironmentsConfig(count=setting.envs),
+        environments=EnvironmentsConfig(count=setting.envs, vectorization="native" if native else "sync"),
         collect=ControlCollectConfig(steps=setting.steps),
         advantage=AdvantageConfig(gamma=setting.gamma, lam=setting.lam),
         learner=LearnerConfig(
@@ -266,7 +273,8 @@ def work(task: dict[str, Any]) -> None:
     contestant, setting, seed = task["contestant"], Setting(**task["setting"]), task["seed"]
     clock = Clock()
     runners: dict[str, Callable[[], tuple[int, Episodes]]] = {
-        "tether": lambda: run_tether(setting, seed, clock, in_folder=True),
+        "tether": lambda: run_tether(setting, seed, clock),
+        "tether-sync": lambda: run_tether(setting, seed, clock, native=False),
         "tether-bare": lambda: run_tether(setting, seed, clock, in_folder=False),
         "sb3": lambda: run_sb3(setting, seed, clock),
         "cleanrl": lambda: run_cleanrl(setting, seed, clock, task["script"]),
@@ -420,7 +428,7 @@ def spread(values: list[float], form: str) -> str:
 def table(results: list[Result]) -> str:
     """Markdown: a line for each setting and contestant. Ratios are of runs that took turns, with the same seed."""
     header = [
-        "setting", "contestant", "steps/s", "tether is faster by", "steps per processor second", "tether is faster by",
+        "setting", "contestant", "steps/s", "tether ÷ it", "steps per processor second", "tether ÷ it",
         "return, last tenth",
     ]  # fmt: skip
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
@@ -435,9 +443,9 @@ def table(results: list[Result]) -> str:
             setting,
             contestant,
             spread([r.steps_per_second for r in runs], ",.0f"),
-            f"{spread(wall, '.2f')}" if compared else "",
+            spread(wall, ".2f") if compared else "",
             spread([r.steps_per_processor_second for r in runs], ",.0f"),
-            f"{spread(processor, '.2f')}" if compared else "",
+            spread(processor, ".2f") if compared else "",
             spread([r.final_return for r in runs], ".0f"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -451,7 +459,9 @@ def compare(arguments: argparse.Namespace) -> None:
         MissingError: something that is needed is not there.
         FailedError: a run ended with an error.
     """
-    contestants = arguments.contestants or [c for c in CONTESTANTS if c != "cleanrl" or arguments.cleanrl]
+    contestants = arguments.contestants or [
+        c for c in CONTESTANTS if c != "tether-sync" and (c != "cleanrl" or arguments.cleanrl)
+    ]
     if "cleanrl" in contestants:
         if arguments.cleanrl is None:
             raise MissingError("contestant cleanrl: its script is missing: name cleanrl/ppo.py with --cleanrl")
@@ -461,6 +471,9 @@ def compare(arguments: argparse.Namespace) -> None:
         except (OSError, ValueError) as error:
             raise MissingError(f"--cleanrl {arguments.cleanrl}: {error}") from error
     picture = None if arguments.no_png else Path(arguments.png or Path(arguments.output).with_suffix(".png"))
+    for file in (Path(arguments.output), picture):
+        if file is not None and not file.parent.is_dir():
+            raise MissingError(f"{file}: its folder does not exist")
     if picture is not None:
         load_pyplot()
     python, versions = Path(sys.executable), {"tether": installed_here()}
@@ -511,9 +524,21 @@ def installed_here() -> dict[str, str]:
 
 # --- pictures ---
 
-NAMES = {"tether": "Tether", "tether-bare": "Tether, no run folder", "sb3": "Stable-Baselines3", "cleanrl": "CleanRL"}
+NAMES = {
+    "tether": "Tether",
+    "tether-bare": "Tether, no run folder",
+    "tether-sync": "Tether, single CartPoles",
+    "sb3": "Stable-Baselines3",
+    "cleanrl": "CleanRL",
+}
 # of the palette of Okabe and Ito, which everyone can tell apart
-COLOURS = {"tether": "#0072B2", "tether-bare": "#56B4E9", "sb3": "#D55E00", "cleanrl": "#009E73"}
+COLOURS = {
+    "tether": "#0072B2",
+    "tether-bare": "#56B4E9",
+    "tether-sync": "#CC79A7",
+    "sb3": "#D55E00",
+    "cleanrl": "#009E73",
+}
 RUN_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 
 
@@ -537,7 +562,7 @@ def draw_comparison(results: list[Result], file: Path) -> None:
     """One panel for each setting: mean over the repeats, and the range from the least to the greatest."""
     plt = load_pyplot()
     settings = list(dict.fromkeys(r.setting for r in results))
-    figure, panels = plt.subplots(1, len(settings), figsize=(5 * len(settings), 3.6), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(1, len(settings), figsize=(5 * len(settings), 4.4), sharey=True, squeeze=False)
     for panel, name in zip(panels[0], settings, strict=True):
         shown = dict.fromkeys(r.contestant for r in results if r.setting == name)
         if "tether" in shown:
@@ -558,8 +583,10 @@ def draw_comparison(results: list[Result], file: Path) -> None:
         panel.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=""))
         panel.set_xlim(left=0)
         panel.set_ylim(bottom=0)
-        panel.legend(loc="best")
-    panels[0, 0].set_ylabel("mean return of an episode")
+        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17))  # below: curves fill the panel
+    repeats = len({r.seed for r in results})
+    shown_by = f"\n(line: mean of {repeats} runs, band: their range)" if repeats > 1 else ""
+    panels[0, 0].set_ylabel(f"mean return of an episode{shown_by}")
     figure.savefig(file)
     plt.close(figure)
 
@@ -586,13 +613,17 @@ def draw_runs(folders: list[str], file: Path) -> None:
                 f"{folder}: its metrics hold no score: no episode has ended yet, or it is no control run"
             )
         runs.setdefault(env, []).append((Path(folder).name, points))
-    figure, panels = plt.subplots(1, len(runs), figsize=(5 * len(runs), 3.6), squeeze=False)
-    for panel, (env, of_env) in zip(panels[0], runs.items(), strict=True):
+    columns = min(len(runs), 3)
+    rows = -(-len(runs) // columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(4.5 * columns, 3.4 * rows), squeeze=False)
+    for panel in panels.flat[len(runs) :]:
+        panel.remove()
+    for panel, (env, of_env) in zip(panels.flat, runs.items(), strict=False):
         for i, (name, points) in enumerate(of_env):
             panel.plot(*zip(*points, strict=True), color=RUN_COLOURS[i % len(RUN_COLOURS)], label=name, linewidth=1.8)
         panel.set_title(env)
         panel.set_xlabel("environment steps")
-        panel.set_ylabel("score (mean return of the last 100 episodes)")
+        panel.set_ylabel("score\n(mean return of the last 100 episodes)")
         panel.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=""))
         panel.set_xlim(left=0)
         if len(of_env) > 1:
@@ -626,7 +657,12 @@ def parse() -> argparse.Namespace:
         default=list(SETTINGS),
         help="zoo: 8 × 32 steps, 20 epochs of one minibatch; cleanrl: 8 × 128 steps, 4 epochs of 4 (default: both)",
     )
-    add("--contestants", nargs="+", choices=CONTESTANTS, help="who takes part (default: all; cleanrl with --cleanrl)")
+    add(
+        "--contestants",
+        nargs="+",
+        choices=CONTESTANTS,
+        help="who takes part (default: all but tether-sync, cleanrl with --cleanrl)",
+    )
     add(
         "--steps",
         type=positive,

@@ -1,7 +1,7 @@
 """Malformed inputs, and what is said of each: the cases of `test_malformed.py` and of `docs/malformed-inputs.md`.
 
 Every case runs in a folder of its own that holds `model`, `chat` (the same with a chat template), `prompts.jsonl`,
-`rows.jsonl` and `rewards.py`, all of them good until the case spoils one.
+`rows.jsonl`, `rewards.py` and `world.py`, all of them good until the case spoils one.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ EVAL = (
     "--output run/result.json"
 )
 RESUME = "ppo --resume run"
+CONTROL = (
+    "control --env world.py:make_env --output run --total-steps 96 --environments.count 2 --collect.steps 16 "
+    "--network.hidden 8 --learner.epochs 1 --learner.minibatches 2"
+)
 GOOD_REWARD = """
 calls = 0
 
@@ -38,6 +42,30 @@ def score(completions, **columns):
     global calls
     calls += 1
     return [float(completion.count("a")) for completion in completions]
+"""
+GOOD_WORLD = """
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Discrete
+
+class World(gymnasium.Env):
+    observation_space = Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = Discrete(2)
+    total = 0
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.total += 1
+        self.time += 1
+        seen, reward = np.array([self.time, action], np.float32), float(action)
+        return seen, reward, self.time >= 5, False, {}
+
+def make_env():
+    return World()
 """
 
 
@@ -81,6 +109,7 @@ def make_folders(folder: Path) -> None:
     (folder / "prompts.jsonl").write_text(jsonl(*({"prompt": text, "answer": "a"} for text in prompts)))
     (folder / "rows.jsonl").write_text(jsonl(*({"prompt": text, "completion": "c"} for text in prompts)))
     (folder / "rewards.py").write_text(GOOD_REWARD)
+    (folder / "world.py").write_text(GOOD_WORLD)
 
 
 def config(**changes: Any) -> Prepare:
@@ -369,6 +398,102 @@ FAILING_REWARDS = [
 ]
 
 
+def world(what: str, old: str, new: str, *says: str, **rest: Any) -> Case:
+    """`world.py` with one part of it replaced."""
+    assert old in GOOD_WORLD
+    return Case(what, CONTROL, says, {"world.py": GOOD_WORLD.replace(old, new, 1)}, **rest)
+
+
+VECTOR, OBSERVED = (
+    "Box(-np.inf, np.inf, (2,), np.float32)",
+    "observation_space = Box(-np.inf, np.inf, (2,), np.float32)",
+)
+BEGIN, MADE = "return np.zeros(2, np.float32), {}", "return World()"
+STEPPED = "return seen, reward, self.time >= 5, False, {}"
+
+ENVIRONMENTS = [
+    Case("no environment named", "control --output run", ("no environment", "--env")),
+    Case("no such id", "control --env CartPol-v1", ("CartPol-v1", "did you mean `CartPole-v1`")),
+    Case("no such version of it", "control --env CartPole-v9", ("CartPole-v9", "no such version", "`CartPole-v1`")),
+    Case("an id without its version", "control --env Pendulum", ("Pendulum", "no version", "`Pendulum-v1`")),
+    Case("no such Atari game", "control --env ALE/Ping-v5", ("ALE/Ping-v5", "did you mean", "ALE/Pong-v5")),
+    Case("the file is missing", "control --env worlds.py:make_env", ("worlds.py", "no such file")),
+    Case("the file has no such function", "control --env world.py:make_envs",
+         ("`make_envs`", "it has: World, make_env")),
+    Case("a file without a function", "control --env world.py", ("names a file", "`world.py:make_env`")),
+    Case("the name is no function", "control --env world.py:np", ("world.py:np", "not callable, but module")),
+    world("the file is no Python", "import numpy as np", "import numpy as", "SyntaxError", "world.py, line 3"),
+    world("the file fails when imported", "import numpy as np", "import nunpy as np", "nunpy", "world.py, line 3"),
+    world("the function raises", MADE, "raise OSError('no licence')", "OSError: no licence", "world.py, line 23"),
+    world("the function returns nothing", MADE, "World()", "returned", "expected a gymnasium.Env"),
+    world("the function returns the class", MADE, "return World", "a class, World", "call the class"),
+    world("the function needs an option", "make_env()", "make_env(size)", "needs the option `size`"),
+    Case("an option that it does not take", f"{CONTROL} --config c.yaml", ("option `speed`", "it takes: none"),
+         {"c.yaml": "environments: {options: {speed: 2}}"}),
+    Case("an option that is a field", "control --config c.yaml", ("environments: options.max_episode_steps", "field"),
+         {"c.yaml": "env: CartPole-v1\nenvironments: {options: {max_episode_steps: 2}}"}),
+    Case("native stepping where there is none", f"{CONTROL} --environments.vectorization native",
+         ("no vector environment", "`vectorization: sync`")),
+    world("it has no observation space", OBSERVED, "pass", "its observation_space is", "set it in __init__"),
+    world("observations are a dictionary", OBSERVED, "observation_space = gymnasium.spaces.Dict(a=Discrete(2))",
+          "Dict('a': Discrete(2))", "FlattenObservation"),
+    world("observations are a choice", OBSERVED, "observation_space = Discrete(5)", "Discrete(5)", "one-hot"),
+    world("observations are a table", VECTOR, "Box(0, 1, (4, 4), np.float32)", "shape (4, 4)", "a vector"),
+    world("observations are images too small for the CNN", VECTOR, "Box(0, 255, (20, 20, 3), np.uint8)",
+          "(3, 20, 20)", "36 × 36"),
+    world("actions are several switches", "action_space = Discrete(2)",
+          "action_space = gymnasium.spaces.MultiBinary(3)", "MultiBinary(3)", "gymnasium.ActionWrapper"),
+    world("reset is that of the old gym", BEGIN, "return np.zeros(2, np.float32)", "reset returned a ndarray",
+          "(observation, info)"),
+    world("step is that of the old gym", STEPPED, "return seen, reward, self.time >= 5, {}", "returned 4 values",
+          "expected five"),
+    world("reset takes no seed", "def reset(self, seed=None, options=None)", "def reset(self, options=None)",
+          "TypeError", "'seed'"),
+    world("observations are of another shape", BEGIN, "return np.zeros(3, np.float32), {}",
+          "index 0, reset", "shape (3,)", "says shape (2,)"),
+    world("observations are of another type", STEPPED, "return seen.astype(float), reward, False, False, {}",
+          "index 0, step 1 of its episode", "float64", "dtype=np.float32"),
+    world("the first observation is NaN", BEGIN, "return np.full(2, np.nan, np.float32), {}",
+          "index 0, reset", "observation[0] is nan"),
+    world("the reward is a list", "float(action)", "[float(action)]", "the reward is a list", "float(reward)"),
+    Case("none stepped together", f"{CONTROL} --environments.count 0", ("environments: count is 0", "at least 1")),
+    Case("no steps", f"{CONTROL} --collect.steps 0", ("collect: steps is 0", "at least 1")),
+    Case("more minibatches than steps", f"{CONTROL} --learner.minibatches 99", ("minibatches is 99", "only 32 steps")),
+    Case("an estimator that needs groups", f"{CONTROL} --advantage.estimator grpo", ("grpo", "expected gae")),
+    Case("a layer without units", f"{CONTROL} --network.hidden 0", ("network: hidden", "at least 1")),
+    Case("a device that there is not", f"{CONTROL} --device gpu", ("'gpu'",), library=r"RuntimeError.*\w"),
+    Case("--eval of a folder that is no run", "control --eval model", ("model", "config.yaml is missing")),
+    Case("--eval of another command's run", "control --eval .", ("no `env`", "tether control"),
+         {"config.yaml": "model: model"}),
+    Case("a film of an unknown kind", "control --eval run --record a.avi", ("'a.avi'", ".gif or .mp4")),
+]  # fmt: skip
+
+
+def stumbling(what: str, fault: str, *says: str, more: str = "", **rest: Any) -> Case:
+    """`world.py` whose first environment goes wrong in the third iteration: its step 39, one having been tried."""
+    source = GOOD_WORLD.replace("        return seen", f"        if self.total == 39: {fault}\n        return seen")
+    return Case(what, f"{CONTROL} {more}", says, {"world.py": source}, **rest)
+
+
+FAILING_ENVIRONMENTS = [
+    stumbling("it raises", "raise ValueError('fell apart')", "index 0, step 3", "ValueError: fell apart", "line 20"),
+    stumbling("it raises, in a worker process", "raise ValueError('fell apart')", "index 0, step 3",
+              "ValueError: fell apart", "line 20", more="--environments.vectorization async"),
+    stumbling("its worker process dies", "import os; os._exit(3)", "a worker process ended with exit code 3",
+              "`vectorization: sync`", more="--environments.vectorization async"),
+    stumbling("the observation is NaN", "seen[1] = np.nan", "index 0, step 3", "observation[1] is nan"),
+    stumbling("the observation is NaN, in a worker process", "seen[1] = np.nan", "index 0, step 3",
+              "observation[1] is nan", more="--environments.vectorization async"),
+    stumbling("the reward is NaN", "reward = np.nan", "index 0, step 3", "reward is nan"),
+    stumbling("the reward is infinite", "reward = np.inf", "index 0, step 3", "reward is inf"),
+    stumbling("the reward is text", "reward = '1'", "index 0, step 3", "the reward is a str"),
+    stumbling("the observation is of another shape", "seen = seen[:1]", "index 0, step 3", "shape (1,)"),
+    stumbling("the observation is a list", "seen = [1.0, 2.0]", "index 0, step 3", "a list", "np.asarray"),
+    stumbling("step returns nothing", "return", "index 0, step 3", "returned a NoneType", "expected five"),
+    stumbling("the end is a number", "return seen, reward, 1, 0, {}", "index 0, step 3", "True or False"),
+]  # fmt: skip
+
+
 def damage(iteration: int, name: str = "policy/model.safetensors") -> None:
     """Change the last byte of a file of a checkpoint."""
     file = Path(f"run/checkpoints/iteration-{iteration:06d}") / name
@@ -412,5 +537,7 @@ SECTIONS: dict[str, list[Case]] = {
     "Prompts and training rows": PROMPTS,
     "Rewards, before training": REWARDS,
     "Rewards, in the third iteration": FAILING_REWARDS,
+    "Environments, before training": ENVIRONMENTS,
+    "Environments, in the third iteration": FAILING_ENVIRONMENTS,
     "Runs and checkpoints": RUNS,
 }

@@ -11,7 +11,7 @@ N = responses, T = tokens of the longest.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -629,7 +631,7 @@ def test_observations_that_are_not_this_models_tokens_are_refused(space: spaces.
 def test_other_mistakes_are_said_in_one_line() -> None:
     stepwise, observations = make_stepwise()
     for temperature in (0.0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match="temperature is .*, expected above 0"):
+        with pytest.raises(ValueError, match=r"temperature is .*, expected above 0"):
             make_stepwise(temperature)
     with pytest.raises(UserError, match="an observation is padding alone"):
         stepwise.act(torch.full_like(observations, V), None)
@@ -653,3 +655,121 @@ def test_a_run_goes_on_bitwise_where_it_was_stopped() -> None:
     found = resumed.control.collect()
     for name in ("actions", "log_probs", "values", "rewards", "mask", "terminated", "bootstrap_values"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+# Environments that are made already -------------------------------------------------------------------------
+
+
+def test_environments_made_in_python_are_checked_together() -> None:
+    tokenizer = make_tokenizer()
+    env = make_env(tokenizer)
+    wrong: list[tuple[list[Any], str]] = [
+        ([], "found none"),
+        ([env, TokenEnv], "environment 1 is a type, expected a gymnasium.Env"),
+        ([env, env], "environment `TokenEnv`: returned the same environment twice"),
+        ([env, make_env(tokenizer, max_new_tokens=5)], "environments 0 and 1 have different spaces"),
+    ]
+    for envs, message in wrong:
+        with pytest.raises(UserError, match=message):
+            Environments.of(envs, seed=0)
+
+
+def test_what_goes_wrong_in_one_made_in_python_names_it_and_its_step() -> None:
+    score = {"of": lambda prompt, response_ids: 0.0}
+    envs = [
+        TokenEnv(
+            [(1, 2)], lambda *arguments: score["of"](*arguments), vocabulary_size=V, eos_token_id=EOS, max_new_tokens=9
+        )
+        for _ in range(2)
+    ]
+    with Environments.of(envs, seed=0) as environments:
+        environments.reset()
+        assert (environments.kind, environments.count) == ("sync", 2)
+        assert environments.step(np.array([5, EOS])).terminated.tolist() == [False, True]
+        del score["of"]
+        with pytest.raises(UserError, match=r"environment `TokenEnv`, index 0, step 2 of its episode: .*KeyError"):
+            environments.step(np.array([EOS, 5]))
+
+
+# PPO by the stepwise road alone -----------------------------------------------------------------------------
+
+SIGNS = ["<eos>", *"0123456789", "+", "="]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums of two digits below `below` that have one digit, as prompts `a+b=`."""
+
+    below: int
+
+    @property
+    def questions(self) -> list[tuple[int, int]]:
+        return [(a, b) for a in range(self.below) for b in range(self.below) if a + b < 10]
+
+    @property
+    def prompts(self) -> list[tuple[int, ...]]:
+        return [tuple(SIGNS.index(sign) for sign in f"{a}+{b}=") for a, b in self.questions]
+
+    def right(self, prompt: int, response_ids: Sequence[int]) -> list[bool]:
+        """Whether the digit is right, and whether eos follows it."""
+        digit = SIGNS.index(str(sum(self.questions[prompt])))
+        return [response_ids[0] == digit, list(response_ids) == [digit, EOS]]
+
+
+def sums_tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(WordLevel({sign: i for i, sign in enumerate(SIGNS)}, unk_token="<eos>"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>")
+
+
+def sampled_accuracy(policy: LanguagePolicy, sums: Sums, samples: int = 40) -> float:
+    """By the batched sampler, which had no part in the training."""
+    asked = list(enumerate(sums.prompts)) * samples
+    sampler = Sampler(policy, sums_tokenizer(), SamplingConfig(max_new_tokens=2), seed=99)
+    responses = sampler.sample([prompt for _, prompt in asked]).response_ids
+    return sum(sums.right(i, ids)[1] for (i, _), ids in zip(asked, responses, strict=True)) / len(asked)
+
+
+@pytest.mark.parametrize(
+    ("below", "count", "iterations", "hidden", "rate", "entropy"),
+    [(3, 128, 50, 32, 2e-3, 0.01), pytest.param(10, 256, 200, 64, 1e-3, 0.02, marks=pytest.mark.slow)],
+)
+def test_ppo_learns_sums_from_nothing_by_the_stepwise_road_alone(
+    below: int, count: int, iterations: int, hidden: int, rate: float, entropy: float
+) -> None:
+    sums = Sums(below)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(SIGNS),
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            initializer_range=0.1,
+            eos_token_id=EOS,
+            pad_token_id=EOS,
+            bos_token_id=None,
+        )
+        policy = LanguagePolicy(prepare_model(LlamaForCausalLM(config)))
+
+    def score(prompt: int, response_ids: Sequence[int]) -> float:
+        return sum(sums.right(prompt, response_ids)) / 2
+
+    envs = [
+        LimitEnds(TokenEnv(sums.prompts, score, vocabulary_size=len(SIGNS), eos_token_id=EOS, max_new_tokens=2))
+        for _ in range(count)
+    ]
+    environments = Environments.of(envs, seed=0)
+    stepwise = StepwisePolicy(policy, environments.observation_space)
+    world = ControlWorld(stepwise, environments, ControlCollectConfig(steps=2, whole_episodes=True), gamma=1.0, seed=0)
+    learning = LearnerConfig(
+        learning_rate=rate, value_learning_rate=3 * rate, schedule="linear", entropy_coefficient=entropy
+    )
+    learner = Learner(stepwise, learning, AdvantageConfig(lam=1.0), iterations=iterations)
+    before = sampled_accuracy(policy, sums)
+    for _ in iterate(world, learner):
+        pass
+    after = sampled_accuracy(policy, sums)
+    assert before < 0.1
+    assert after >= 0.95, f"{before:.3f} -> {after:.3f}"

@@ -74,6 +74,33 @@ def commands(text: str) -> Iterator[list[str]]:
 RUN = [page for page in PAGES if any(block.mark.startswith("run") for block in blocks(page))]
 
 
+# What is pointed to is there --------------------------------------------------------------------------------------
+
+POINTER = re.compile(r"\[`(?P<name>\w+)`\]\((?:\.\./)?(?P<file>src/[\w/]+\.py)#L(?P<line>\d+)\)")
+"""A link to the line of a source file that defines a name."""
+
+
+def definition(file: str, name: str) -> int:
+    """The line, from 1, on which a source file defines a class, function or method."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    return next(n for n, line in enumerate(lines, start=1) if re.match(rf"\s*(class|def) {name}\b", line))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if POINTER.search(p.read_text(encoding="utf-8"))], ids=NAMES.get)
+def test_pointers_to_lines_of_code_meet_the_definition(page: Path) -> None:
+    """TETHER_WRITE_DOCS=1 writes the lines anew."""
+    text = page.read_text(encoding="utf-8")
+
+    def mended(match: re.Match[str]) -> str:
+        return match[0].replace(f"#L{match['line']}", f"#L{definition(match['file'], match['name'])}")
+
+    expected = POINTER.sub(mended, text)
+    if os.environ.get("TETHER_WRITE_DOCS"):
+        page.write_text(expected, encoding="utf-8")
+    else:
+        assert text == expected
+
+
 # What is shown is run ---------------------------------------------------------------------------------------------
 
 

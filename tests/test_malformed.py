@@ -21,9 +21,13 @@ import huggingface_hub.constants
 import pytest
 
 from tests.malformed_inputs import (
+    CONTROL,
+    ENVIRONMENTS,
     EVAL,
+    FAILING_ENVIRONMENTS,
     FAILING_REWARDS,
     GOOD_REWARD,
+    GOOD_WORLD,
     MODELS,
     PPO,
     PROMPTS,
@@ -71,6 +75,12 @@ def work(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def straight(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three iterations in which nothing went wrong."""
     return _trained(good, tmp_path_factory.mktemp("straight") / "work", PPO)
+
+
+@pytest.fixture(scope="module")
+def straight_control(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a policy in an environment."""
+    return _trained(good, tmp_path_factory.mktemp("straight-control") / "work", CONTROL)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +159,7 @@ def _same_numbers(run: Path, straight: Path) -> None:
 
     assert numbers(run) == numbers(straight)
     assert count_episodes(run) == count_episodes(straight)
-    weights = "checkpoints/iteration-000003/policy/model.safetensors"
+    weights = next(straight.glob("checkpoints/iteration-000003/policy/*.safetensors")).relative_to(straight)
     assert (run / weights).read_bytes() == (straight / weights).read_bytes()
 
 
@@ -160,7 +170,7 @@ def _each(*sections: list[Case]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("section", "case"), chosen, ids=ids)
 
 
-@_each(SETTINGS, MODELS, TOKENIZERS, PROMPTS, REWARDS)
+@_each(SETTINGS, MODELS, TOKENIZERS, PROMPTS, REWARDS, ENVIRONMENTS)
 def test_a_mistake_is_found_before_anything_is_computed(
     section: str, case: Case, work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,6 +200,23 @@ def test_nothing_is_lost_when_a_reward_fails(
     (work / "rewards.py").write_text(GOOD_REWARD)
     assert main(shlex.split(RESUME)) == 0
     _same_numbers(run, straight)
+
+
+@_each(FAILING_ENVIRONMENTS)
+def test_nothing_is_lost_when_an_environment_fails(
+    section: str, case: Case, work: Path, straight_control: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _spoil(case)
+    _fails(case, capsys, section)
+    run = work / "run"
+    assert [row["iteration"] for row in read_metrics(run)] == [1, 2]
+    assert count_episodes(run) == 6
+    latest = latest_checkpoint(run)
+    assert latest is not None
+    assert latest[0] == 2
+    (work / "world.py").write_text(GOOD_WORLD)
+    assert main(["control", "--resume", "run"]) == 0
+    _same_numbers(run, straight_control)
 
 
 @_each(RUNS)

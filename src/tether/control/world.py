@@ -110,7 +110,7 @@ class _Rollout:
 
     rewards: NDArray[Any]  # as the environments gave them
     terminated: NDArray[np.bool_]
-    ended: NDArray[np.bool_]  # terminated or truncated by the environment, not by the end of the collection
+    ended: NDArray[np.bool_]  # terminated or cut off for good: the next step here is of another episode
     mask: NDArray[np.bool_]
     success: NDArray[Any] | None
     shown: NDArray[Any]  # (T, recorded, *obs)
@@ -132,6 +132,7 @@ class ControlWorld:
         seed: of the actions.
         reference: a frozen policy that the KL is measured against.
         kl: holds β; needed with a reference.
+        fewest: steps that a batch must have, such as one for each minibatch.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class ControlWorld:
         seed: int = 0,
         reference: ActorCritic | None = None,
         kl: KLController | None = None,
+        fewest: int = 1,
     ) -> None:
         if (reference is None) != (kl is None):
             raise ValueError("reference and kl belong together: give both or neither")
@@ -151,6 +153,7 @@ class ControlWorld:
         self.config = config or ControlCollectConfig()
         self.reference = reference
         self.kl = kl
+        self.fewest = fewest
         self.generator = torch.Generator().manual_seed(seed)
         shape = environments.observation_space.shape
         self.normaliser = ObservationNormaliser(shape) if self.config.normalise_observations else None
@@ -162,35 +165,41 @@ class ControlWorld:
         self._lengths = np.zeros(environments.count, dtype=np.int64)
         self._recent: deque[tuple[float, int, float]] = deque(maxlen=RECENT)  # return, length, success (or nan)
         self._rollout: _Rollout | None = None
-        self._open: list[dict[str, list[Any]]] = [{} for _ in range(min(self.config.record, environments.count))]
+        # what unfinished episodes have so far; None where one's beginning was not recorded
+        self._open: list[dict[str, list[Any]] | None] = [{} for _ in range(min(self.config.record, environments.count))]
 
     def collect(self) -> Trajectories:
         """`steps` steps of every environment, or one whole episode of each.
 
         Raises:
-            UserError: an environment failed or gave what it must not.
+            UserError: an environment failed or gave what it must not; there are too few steps.
         """
         started = time.perf_counter()
         moments = list(self._act())
         taken = torch.stack([m.action for m in moments], dim=1)
         context = StateContext(torch.stack([m.seen for m in moments], dim=1).to(self.policy.device))
         mask = np.stack([m.valid for m in moments])
+        if mask.sum() < self.fewest:
+            raise UserError(
+                f"the iteration has {mask.sum()} steps, expected at least {self.fewest} (one for each minibatch): "
+                "raise collect.steps or environments.count, or lower learner.minibatches"
+            )
         terminated = np.stack([m.step.terminated for m in moments]) & mask
         ended = terminated | (np.stack([m.step.truncated for m in moments]) & mask)
-        rollout = _Rollout(
-            rewards=np.stack([m.step.rewards for m in moments]),
-            terminated=terminated,
-            ended=ended,
-            mask=mask,
-            success=_stack_success(moments),
-            shown=np.stack([m.shown for m in moments]),
-            seconds=0.0,
-        )
         # an episode that goes on is cut off at its last step here
         last = len(mask) - 1 - mask[::-1].argmax(axis=0)
         columns = np.flatnonzero(mask.any(axis=0) & ~ended[last, np.arange(mask.shape[1])])
         truncated = ended & ~terminated
         truncated[last[columns], columns] = True
+        rollout = _Rollout(
+            rewards=np.stack([m.step.rewards for m in moments]),
+            terminated=terminated,
+            ended=terminated | truncated if self.config.whole_episodes else ended,
+            mask=mask,
+            success=_stack_success(moments),
+            shown=np.stack([m.shown for m in moments]),
+            seconds=0.0,
+        )
         bootstrap = self._bootstrap_values(moments, truncated)
         now = _evaluate(self.policy, context, taken, self._row_wise(mask))
         rewards = self._row_wise(np.stack([m.reward for m in moments]).astype(np.float32))
@@ -217,10 +226,10 @@ class ControlWorld:
 
     def _act(self) -> Iterator[_Moment]:
         """Let the policy act, from where the environments stand."""
-        count, limit = self.environments.count, self.config.steps
-        if self._seen is None or self.config.whole_episodes:
-            self._observe(self.environments.reset())
+        count, limit, whole = self.environments.count, self.config.steps, self.config.whole_episodes
         running = np.ones(count, dtype=bool)  # whole episodes: the one that is collected has not ended
+        if self._seen is None or whole:
+            self._observe(self.environments.reset(), running)
         noise = self.policy.noise(limit, count, self.generator)
         for t in range(limit):
             seen, shown = self._seen, self._raw[: len(self._open)]
@@ -228,18 +237,31 @@ class ControlWorld:
             action = self.policy.act(seen.to(self.policy.device), noise[t])
             step = self.environments.step(self.policy.to_environment(action))
             ended = step.terminated | step.truncated
-            reward = step.rewards if self.scaler is None else self.scaler(step.rewards, ended, step.valid)
-            self._observe(step.observations)
-            yield _Moment(seen, shown, action, reward, step, step.valid & running)
-            if self.config.whole_episodes:
-                running &= ~ended
-                if not running.any():
-                    return
+            if whole and t == limit - 1:
+                ended = np.ones_like(ended)  # the next collection begins other episodes
+            valid = step.valid & running
+            reward = step.rewards if self.scaler is None else self.scaler(step.rewards, ended, valid)
+            if whole:
+                running = running & ~ended
+            self._observe(step.observations, running)
+            yield _Moment(seen, shown, action, reward, step, valid)
+            if not running.any():
+                return
 
-    def _observe(self, observations: NDArray[Any]) -> None:
-        """The state that each environment is in now, as it is and as the policy sees it."""
+    def _observe(self, observations: NDArray[Any], running: NDArray[np.bool_]) -> None:
+        """The state that each environment is in now, as it is and as the policy sees it.
+
+        The arrays are kept as they are: `Environments` gives new ones at every step.
+        """
         self._raw = observations
-        self._seen = torch.from_numpy(observations if self.normaliser is None else self.normaliser(observations))
+        if self.normaliser is None:
+            seen = observations
+        elif running.all():
+            seen = self.normaliser(observations)
+        else:  # nothing is learnt from states that are not collected
+            self.normaliser(observations[running])
+            seen = self.normaliser.normalise(observations)
+        self._seen = torch.from_numpy(seen)
 
     def _bootstrap_values(self, moments: list[_Moment], truncated: NDArray[np.bool_]) -> NDArray[np.float32]:
         """(T, N): V of the state that each truncated step led to, 0 elsewhere."""
@@ -282,8 +304,8 @@ class ControlWorld:
             returns, lengths, success = np.array(self._recent).T
             metrics |= {"score": float(returns.mean()), "score_std": float(returns.std())}
             metrics["episode_length"] = float(lengths.mean())
-            if rollout.success is not None:
-                metrics["success"] = float(np.nanmean(success)) if not np.isnan(success).all() else math.nan
+            if not np.isnan(success).all():
+                metrics["success"] = float(np.nanmean(success))
         mask = trajectories.mask
         metrics["reward"] = float(trajectories.rewards[mask].mean())
         if trajectories.reference_log_probs is not None:
@@ -305,9 +327,9 @@ class ControlWorld:
         if trajectories.reference_log_probs is not None:
             numbers["reference_log_probs"] = trajectories.reference_log_probs
         finished = []
-        for n, open_episode in enumerate(self._open):
+        for n in range(len(self._open)):
             if self.config.whole_episodes:
-                open_episode.clear()
+                self._open[n] = {}
             begin = 0
             for end in [*(np.flatnonzero(rollout.ended[:, n]) + 1), len(rollout.mask)]:
                 steps = begin + np.flatnonzero(rollout.mask[begin:end, n])
@@ -315,11 +337,14 @@ class ControlWorld:
                 parts = {name: tensor[n, steps].tolist() for name, tensor in numbers.items()}
                 parts |= {"states": [_words(o) for o in rollout.shown[steps, n]], "action_ids": acted.tolist()}
                 parts |= {"actions": [_words(a) for a in acted], "raw": rollout.rewards[steps, n].tolist()}
-                for name, part in parts.items():
-                    open_episode.setdefault(name, []).extend(part)
+                open_episode = self._open[n]
+                if open_episode is not None:
+                    for name, part in parts.items():
+                        open_episode.setdefault(name, []).extend(part)
                 if end > begin and rollout.ended[end - 1, n]:
-                    finished.append(_episode(open_episode, bool(rollout.terminated[end - 1, n]), n))
-                    open_episode.clear()
+                    if open_episode is not None:
+                        finished.append(_episode(open_episode, bool(rollout.terminated[end - 1, n]), n))
+                    self._open[n] = {}
                 begin = int(end)
         return finished
 
@@ -348,11 +373,22 @@ class ControlWorld:
             "returns": torch.from_numpy(self._returns.copy()),
             "lengths": torch.from_numpy(self._lengths.copy()),
             "recent": list(self._recent),
-            "open": [{name: list(values) for name, values in episode.items()} for episode in self._open],
+            "open": [_copy(episode) for episode in self._open],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Go on from `state_dict`.
+
+        Raises:
+            UserError: the state is of a world with other normalisation, or with another number of environments.
+        """
+        for name, part in (("normaliser", self.normaliser), ("scaler", self.scaler)):
+            if (part is None) == (name in state):
+                field = {"normaliser": "normalise_observations", "scaler": "normalise_rewards"}[name]
+                raise UserError(
+                    f"collect.{field} is {str(part is not None).lower()}, but the run began with "
+                    f"{str(name in state).lower()}: go on with that, or start another run"
+                )
         if self.normaliser is not None:
             self.normaliser.load_state_dict(state["normaliser"])
         if self.scaler is not None:
@@ -361,10 +397,14 @@ class ControlWorld:
         self.steps = int(state["steps"])
         self._returns, self._lengths = state["returns"].numpy().copy(), state["lengths"].numpy().copy()
         self._recent = deque(((r, n, s) for r, n, s in state["recent"]), maxlen=RECENT)
-        self._open = [dict(episode) for episode in state["open"]]
+        # `record` may be another now: what is recorded anew begins with the next episode
+        saved = state["open"] + [None] * len(self._open)
+        self._open = [_copy(episode) for episode in saved[: len(self._open)]]
         if not self.environments.load_state_dict(state["environments"]):  # new episodes have begun
             self._returns[:], self._lengths[:] = 0, 0
             self._open = [{} for _ in self._open]
+            if self.scaler is not None:
+                self.scaler.load_state_dict(state["scaler"] | {"returns": torch.from_numpy(self._returns.copy())})
         self._seen = None
         if self.environments.observations is not None:
             raw = self._raw = self.environments.observations
@@ -426,6 +466,10 @@ def _episode(parts: dict[str, list[Any]], terminated: bool, environment: int) ->
         details={"environment": environment},
         **parts,
     )
+
+
+def _copy(parts: dict[str, list[Any]] | None) -> dict[str, list[Any]] | None:
+    return None if parts is None else {name: list(values) for name, values in parts.items()}
 
 
 def _words(value: Any) -> str:

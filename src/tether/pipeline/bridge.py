@@ -2,7 +2,8 @@
 
 The token world is an environment as any other, and the two roads through the house lead to the same place: whole
 episodes of `TokenEnv` by `ControlWorld` are the trajectories that `LanguageWorld` collects, and one update from either
-gives the same parameters. Tests hold the roads against each other, which share nothing but the model and the learner:
+gives the same parameters. Tests hold the roads against each other, which share the model, the draw of one token and
+the learner:
 
 | `LanguageWorld` | `ControlWorld` with a `StepwisePolicy` |
 |---|---|
@@ -11,6 +12,9 @@ gives the same parameters. Tests hold the roads against each other, which share 
 | `bootstrap_truncated=True` | a `TokenEnv` as it is: V of a truncated response's last state stands for its future |
 | `bootstrap_truncated=False` | a `TokenEnv` in `LimitEnds`: a response that the limit cut off has no future |
 | the reference model | a `StepwisePolicy` of it, at the same temperature, as `reference` |
+
+To train on text, take `LimitEnds`: no step starts in the state at the limit, so its V is never learnt, and where it
+stands for the future a policy can find it worth more than eos and never end.
 
 What differs: here steps stand alone, so they and not whole responses are shuffled into minibatches, each is an episode
 to `aggregation: episode`, and each reads its whole prefix, without a cache. `LanguageWorld` is the fast road for text;

@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from tether.config import config_from_dict
+from tether.config import config_from_dict, config_to_dict
 from tether.control.environments import Environments, EnvironmentsConfig, make_environment
+from tether.control.loading import one_line_errors
 from tether.control.normalisation import ObservationNormaliser
 from tether.control.policy import ControlPolicy, NetworkConfig
 from tether.control.vectors import success_of
@@ -27,7 +28,7 @@ from tether.control.world import ControlCollectConfig, ControlWorld, load_policy
 from tether.errors import UserError
 from tether.pipeline.training import Trained, restore, train_in_folder
 from tether.ppo import AdvantageConfig, Learner, LearnerConfig
-from tether.runs import latest_checkpoint, read_config
+from tether.runs import latest_checkpoint, load_state, read_config
 from tether.runs.random_states import seed_random_states
 from tether.train import Iteration
 
@@ -94,17 +95,63 @@ def build_control(config: ControlConfig, checkpoint: Path | None = None) -> tupl
     """
     if not config.env:
         raise UserError("no environment given: name one with --env, such as CartPole-v1")
+    _check_device(config.device)
+    if checkpoint is not None:
+        _refuse_other_environments(config, checkpoint)
     seed_random_states(config.seed)
     environments = Environments(config.env, config.environments, config.seed)
-    policy = ControlPolicy(environments.observation_space, environments.action_space, config.network, config.seed)
-    policy.to(config.device)
-    world = ControlWorld(policy, environments, config.collect, config.advantage.gamma, config.seed)
-    if checkpoint is not None:
-        load_policy(checkpoint, policy, None)
-    learner = Learner(policy, config.learner, config.advantage, None, config.iterations, config.seed)
-    if checkpoint is not None:
-        restore(checkpoint, world, learner)
+    try:
+        policy = ControlPolicy(environments.observation_space, environments.action_space, config.network, config.seed)
+        policy.to(config.device)
+        if checkpoint is None:
+            _try_out(environments, policy)
+        fewest = config.learner.minibatches
+        world = ControlWorld(policy, environments, config.collect, config.advantage.gamma, config.seed, fewest=fewest)
+        if checkpoint is not None:
+            load_policy(checkpoint, policy, None)
+        learner = Learner(policy, config.learner, config.advantage, None, config.iterations, config.seed)
+        if checkpoint is not None:
+            restore(checkpoint, world, learner)
+    except BaseException:
+        environments.close()  # worker processes would stay
+        raise
     return world, learner
+
+
+def _try_out(environments: Environments, policy: ControlPolicy) -> None:
+    """One step, so that most mistakes in an environment are told before the run gets its folder.
+
+    Afterwards everything is as if it had not been made, for environments that depend on their seed alone.
+    """
+    before = environments.state_dict()
+    states = torch.from_numpy(environments.reset())
+    environments.step(policy.to_environment(policy.act(states.to(policy.device), None)))
+    environments.load_state_dict(before)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # the last: meta, which holds no numbers
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(f"device is {device!r}, which torch cannot use here ({reason})") from error
+
+
+def _environments_of(config: ControlConfig) -> dict[str, Any]:
+    """What has to stay as it is for the episodes of a checkpoint to go on."""
+    settings = {f"environments.{name}": value for name, value in config_to_dict(config.environments).items()}
+    del settings["environments.vectorization"]
+    return {"env": config.env, **settings}
+
+
+def _refuse_other_environments(config: ControlConfig, checkpoint: Path) -> None:
+    saved = load_state(checkpoint, "trainer").get("environments", {})
+    for name, value in _environments_of(config).items():
+        if name in saved and saved[name] != value:
+            raise UserError(
+                f"{name} is {value!r}, but the run began with {saved[name]!r}, and its episodes go on: resume without "
+                f"--{name.replace('_', '-')}, or start another run"
+            )
 
 
 def train_control(
@@ -115,7 +162,10 @@ def train_control(
     Raises:
         UserError: something the user brought cannot work.
     """
-    return train_in_folder(config, lambda checkpoint: build_control(config, checkpoint), resume, report)
+    kept = {"environments": _environments_of(config)}
+    return train_in_folder(
+        config, lambda checkpoint: build_control(config, checkpoint), resume, report, lambda world: kept
+    )
 
 
 @dataclass(frozen=True)
@@ -155,10 +205,13 @@ def evaluate_control(config: ControlEvalConfig) -> ControlEvaluation:
     Statistics of observations stay as training left them; rewards are the environment's own.
 
     Raises:
-        UserError: the run or its environment cannot be used.
+        UserError: the run or its environment cannot be used, or the film cannot be written.
     """
     folder = Path(config.eval)
-    run = config_from_dict(ControlConfig, read_config(folder), str(folder / "config.yaml"))
+    settings = read_config(folder)
+    if "env" not in settings:
+        raise UserError(f"{folder}: its config.yaml names no `env`, so it is no run of `tether control`")
+    run = config_from_dict(ControlConfig, settings, str(folder / "config.yaml"))
     found = latest_checkpoint(folder)
     if found is None:
         raise UserError(f"{folder}: no checkpoint to evaluate")
@@ -176,6 +229,11 @@ def evaluate_control(config: ControlEvalConfig) -> ControlEvaluation:
                     action = player.act(observation, generator)
                     observation, reward, terminated, truncated, info = environment.step(action)
                     total, length, over = total + float(reward), length + 1, terminated or truncated
+                    if not (math.isfinite(total) and np.isfinite(observation).all()):
+                        raise UserError(
+                            f"environment `{run.env}`, step {length} of episode {episode + 1}: found nan or inf in the "
+                            "observation or the reward, expected finite numbers"
+                        )
                 add_frame(environment)
             returns.append(total)
             lengths.append(length)
@@ -223,12 +281,32 @@ def _film(path: str | None, frames_per_second: int) -> Iterator[Callable[[Any], 
     except ImportError as error:
         raise UserError(f'{path}: films need imageio: pip install "tether[control]"') from error
     frames: list[NDArray[Any]] = []
-    yield lambda environment: frames.append(environment.render())
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = {"fps": frames_per_second} if path.endswith(".mp4") else {
-        "duration": 1000 / frames_per_second, "loop": 0
-    }  # fmt: skip
-    imageio.imwrite(path, np.stack(frames), **options)
+
+    def add_frame(environment: Any) -> None:
+        with one_line_errors(f"{path}: the environment's render failed"):
+            frame = environment.render()
+        if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3):
+            found = f"shape {frame.shape}, {frame.dtype}" if isinstance(frame, np.ndarray) else type(frame).__name__
+            raise UserError(f"{path}: the environment's render returned {found}, expected an image (H, W, 3) of uint8")
+        frames.append(frame)
+
+    with _written(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).open("ab").close()  # now rather than after the episode
+    yield add_frame
+    options: dict[str, Any] = {"duration": 1000 / frames_per_second, "loop": 0}
+    if path.endswith(".mp4"):  # the codec needs even sides; without the last it would stretch them to multiples of 16
+        options = {"plugin": "FFMPEG", "fps": frames_per_second, "macro_block_size": 2}
+    with _written(path):
+        imageio.imwrite(path, np.stack(frames), **options)
+
+
+@contextmanager
+def _written(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _show(
@@ -237,7 +315,7 @@ def _show(
     returns = np.array(evaluation.returns)
     how = "actions drawn" if config.sample else "greedy"
     error = f" ± {returns.std(ddof=1) / math.sqrt(len(returns)):.1f}" if len(returns) > 1 else ""
-    console.print(f"{run.env}, iteration {iteration}, {len(returns)} episodes, {how}")
+    console.print(f"{run.env}, iteration {iteration}, {len(returns)} episodes, {how}", markup=False)
     span = f"from {returns.min():.1f} to {returns.max():.1f}"
     console.print(f"  mean return  [bold]{returns.mean():.1f}[/bold]{error}   {span}")
     console.print(f"  mean length  {np.mean(evaluation.lengths):.1f}")

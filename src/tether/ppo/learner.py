@@ -126,7 +126,11 @@ class Learner:
         self.generator = torch.Generator().manual_seed(seed)
         self._policy_parameters = [p for p in policy.policy_parameters() if p.requires_grad]
         self._value_parameters = [p for p in policy.value_parameters() if p.requires_grad]
-        groups = [{"params": ps} for ps in (self._policy_parameters, self._value_parameters) if ps]
+        self._parameters = self._policy_parameters + self._value_parameters
+        # of one rate, all are one group: each group costs as much time as a small network's forward pass
+        one_rate = self.config.value_learning_rate is None
+        parts = [self._parameters] if one_rate else [self._policy_parameters, self._value_parameters]
+        groups = [{"params": part, "is_critic": part is self._value_parameters} for part in parts if part]
         self.optimizer = torch.optim.AdamW(
             groups,
             lr=self.config.learning_rate,
@@ -183,7 +187,8 @@ class Learner:
 
     def _accumulate_gradients(self, batch: _Batch, rows: Tensor) -> dict[str, float]:
         """Gradients of one minibatch, microbatch by microbatch: the cut does not change them."""
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad = None
         weights = step_weights(batch.mask[rows], self.config.aggregation)
         names: list[str] = []
         sums: Tensor | float = 0.0
@@ -197,7 +202,7 @@ class Learner:
                 names = list(losses)
                 sums = sums + (torch.stack(list(losses.values())).masked_fill(hidden, 0.0) * weight).sum(dim=(1, 2))
         assert isinstance(sums, Tensor)
-        sum_gradients(self._parameters())
+        sum_gradients(self._parameters)
         return dict(zip(names, all_sum(sums).tolist(), strict=True))
 
     def _losses(self, micro: _Batch) -> dict[str, Tensor]:
@@ -247,11 +252,11 @@ class Learner:
             for parameter in self._policy_parameters:
                 parameter.grad = None
         limit = self.config.max_gradient_norm or math.inf
-        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
         total = nn.utils.get_total_norm(gradients)
         norm = float(total)
         if norm > limit:
-            nn.utils.clip_grads_with_norm_(self._parameters(), limit, total)
+            nn.utils.clip_grads_with_norm_(self._parameters, limit, total)
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient's norm is {norm} in iteration {self.iteration + 1}: "
@@ -264,17 +269,13 @@ class Learner:
     def _warming_value_up(self) -> bool:
         return self.advantage.uses_critic and self.iteration < self.config.value_warmup_iterations
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return self._policy_parameters + self._value_parameters
-
     def _set_learning_rates(self) -> dict[str, float]:
         factor = schedule_factor(self.iteration, self.iterations, self.config.warmup_iterations, self.config.schedule)
         value_rate = self.config.value_learning_rate
         rates = {"learning_rate": self.config.learning_rate * factor}
         rates["value_learning_rate"] = rates["learning_rate"] if value_rate is None else value_rate * factor
-        names = [n for n, ps in zip(rates, (self._policy_parameters, self._value_parameters), strict=True) if ps]
-        for group, name in zip(self.optimizer.param_groups, names, strict=True):
-            group["lr"] = rates[name]
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates["value_learning_rate" if group["is_critic"] else "learning_rate"]
         return rates
 
     def _kl_per_episode(self, trajectories: Trajectories) -> tuple[float, int] | None:
