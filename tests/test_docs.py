@@ -14,6 +14,7 @@ The blocks of a page are run in its order, in an empty folder that holds the fil
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -32,6 +33,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from tether.cli import COMMANDS, main
+from tether.pipeline.control import ControlConfig, ControlEvalConfig
 from tether.pipeline.evaluate import EvalConfig
 from tether.pipeline.generate import GenerateConfig
 from tether.pipeline.ppo import PPOConfig
@@ -249,7 +251,9 @@ def fields(config: type) -> dict[str, Any]:
 
 
 PPO_FIELDS = fields(PPOConfig)
-ALL_FIELDS = PPO_FIELDS.keys() | fields(SFTConfig).keys() | fields(EvalConfig).keys() | fields(GenerateConfig).keys()
+CONTROL_FIELDS = fields(ControlConfig)
+OTHERS = (SFTConfig, EvalConfig, GenerateConfig, ControlEvalConfig)
+ALL_FIELDS = PPO_FIELDS.keys() | CONTROL_FIELDS.keys() | {name for config in OTHERS for name in fields(config)}
 
 
 @pytest.mark.parametrize("name", ["configuration.md", "from-trl.md"])
@@ -267,6 +271,18 @@ def test_the_configuration_page_names_every_field_but_adams() -> None:
     left_out = PPO_FIELDS.keys() - named
     rare = {"trust_remote_code", "prompts.split", "prompts.max_tokens", "learner.weight_decay"}
     assert left_out == rare | {f"learner.adam_{name}" for name in ("beta1", "beta2", "epsilon")}
+
+
+def test_the_page_on_control_names_fields_with_their_defaults() -> None:
+    rows = table(ROOT / "docs/control.md", "setting")
+    named = [span for row in rows for span in spans(row[0])]
+    assert set(named) <= CONTROL_FIELDS.keys()
+    sections = ("environments.", "network.", "collect.")
+    assert {name for name in CONTROL_FIELDS if name.startswith(sections)} <= set(named)
+    for row in rows:
+        for name, text in zip(spans(row[0]), spans(row[3]), strict=True):
+            default = functools.reduce(getattr, name.split("."), ControlConfig())
+            assert text == (str(default).lower() if isinstance(default, bool) else str(default)), row
 
 
 def test_defaults_in_the_table_for_users_of_trl_are_the_defaults() -> None:

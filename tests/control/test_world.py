@@ -416,12 +416,16 @@ def test_observations_are_normalised_by_all_that_were_seen_so_far(kind: str) -> 
     trajectories = world.collect()
     other = environments_of(**KINDS[kind])
     plain = ObservationNormaliser(other.observation_space.shape)
-    seen = [plain(other.reset())]
+    first = other.reset()
+    seen = [plain(first)]
     steps = []
     for t in range(20):
         steps.append(other.step(world.policy.to_environment(trajectories.actions[:, t])))
         seen.append(plain(steps[-1].observations))
     assert np.array_equal(states_of(world, trajectories).numpy(), np.stack(seen[:-1], axis=1))
+    # people are shown them as they are
+    shown = np.stack([first[0], *(step.observations[0] for step in steps[:-1])])
+    assert np.array_equal(world._last_rollout(trajectories).shown[:, 0], shown)
     assert world.normaliser is not None
     assert world.normaliser.statistics.count == 3 * 21
     # final states are not learnt from but where the policy saw them, and are normalised as of now
@@ -674,6 +678,17 @@ def test_another_number_of_recorded_environments_records_whole_episodes_only(rec
     lengths = {n: [len(e.actions) for e in episodes if e.details["environment"] == n] for n in range(3)}
     expected = {0: [5, 5], 1: [4, 4, 4], 2: [4, 4]}  # that of the third which had begun unseen is left out
     assert lengths == {n: found if n < record else [] for n, found in expected.items()}
+
+
+def test_a_run_that_turns_to_whole_episodes_forgets_what_had_begun() -> None:
+    world = chains([(5, True)], steps=3)
+    advance(world, 1)
+    other = chains([(5, True)], steps=9, whole_episodes=True)
+    other.load_state_dict(world.state_dict())
+    told = advance(other, 1)
+    assert told[1]["episode_length"] == 5
+    assert [len(episode.actions) for episode in told[2]] == [5]
+    assert told[1]["score"] == told[2][0].score
 
 
 @pytest.mark.parametrize("field", ["normalise_observations", "normalise_rewards"])

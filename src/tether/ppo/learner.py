@@ -234,7 +234,7 @@ class Learner:
         return {"loss": loss} | reported
 
     def _microbatches(self, lengths: Tensor) -> Iterator[Tensor | slice]:
-        """Indices into `lengths` (n,), longest first where one part is not enough, in parts of at most `microbatch_size` with padding."""
+        """Indices into `lengths` (n,), in parts of at most `microbatch_size` with padding, longest first if several."""
         if len(lengths) * int(lengths.max()) <= self.config.microbatch_size:
             yield slice(None)
             return
