@@ -6,7 +6,10 @@ tried: `tether control --eval RUN`.
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +34,8 @@ from tether.ppo import AdvantageConfig, Learner, LearnerConfig
 from tether.runs import latest_checkpoint, load_state, read_config
 from tether.runs.random_states import seed_random_states
 from tether.train import Iteration
+
+MOST_FRAMES_PER_SECOND = 50  # of films; browsers play no GIF faster
 
 
 @dataclass(frozen=True)
@@ -216,6 +221,8 @@ def evaluate_control(config: ControlEvalConfig) -> ControlEvaluation:
     if found is None:
         raise UserError(f"{folder}: no checkpoint to evaluate")
     player = Player.load(run, found[1])
+    if config.record and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo renders without a display only if told so
     with closing(make_environment(run.env, run.environments, "rgb_array" if config.record else None)) as environment:
         generator = torch.Generator().manual_seed(config.seed) if config.sample else None
         returns, lengths, success = [], [], []
@@ -272,7 +279,10 @@ class Player:
 
 @contextmanager
 def _film(path: str | None, frames_per_second: int) -> Iterator[Callable[[Any], None]]:
-    """Gives a function that films an environment's present state; without a path it does nothing."""
+    """Gives a function that films an environment's present state; without a path it does nothing.
+
+    Of environments that are faster than a film can show only every second, third, … state is rendered and kept.
+    """
     if path is None:
         yield lambda environment: None
         return
@@ -281,8 +291,11 @@ def _film(path: str | None, frames_per_second: int) -> Iterator[Callable[[Any], 
     except ImportError as error:
         raise UserError(f'{path}: films need imageio: pip install "tether[control]"') from error
     frames: list[NDArray[Any]] = []
+    every, states = math.ceil(frames_per_second / MOST_FRAMES_PER_SECOND), itertools.count()
 
     def add_frame(environment: Any) -> None:
+        if next(states) % every:
+            return
         with one_line_errors(f"{path}: the environment's render failed"):
             frame = environment.render()
         if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3):
@@ -294,9 +307,9 @@ def _film(path: str | None, frames_per_second: int) -> Iterator[Callable[[Any], 
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).open("ab").close()  # now rather than after the episode
     yield add_frame
-    options: dict[str, Any] = {"duration": 1000 / frames_per_second, "loop": 0}
+    options: dict[str, Any] = {"duration": 1000 * every / frames_per_second, "loop": 0}
     if path.endswith(".mp4"):  # the codec needs even sides; without the last it would stretch them to multiples of 16
-        options = {"plugin": "FFMPEG", "fps": frames_per_second, "macro_block_size": 2}
+        options = {"plugin": "FFMPEG", "fps": frames_per_second / every, "macro_block_size": 2}
     with _written(path):
         imageio.imwrite(path, np.stack(frames), **options)
 

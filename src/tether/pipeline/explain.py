@@ -106,7 +106,9 @@ def _stored(folder: str, world: str) -> Episode:
     run = read_config(folder)
     is_control = "env" in run
     if is_control != (world == "control"):
-        raise UserError(f"{folder}: a run of the {'control' if is_control else 'language'} world, expected --{world}'s")
+        raise UserError(
+            f"{folder}: a run of the {'control' if is_control else 'language'} world, expected one of the {world} world"
+        )
     episodes = read_episodes(folder, order="newest", limit=1)
     if not episodes:
         raise UserError(f"{folder}: no whole episode is stored there yet")
