@@ -313,7 +313,7 @@ def test_links_between_pages_resolve(page: Path) -> None:
         path, _, anchor = target.partition("#")
         place = (page.parent / path).resolve() if path else page
         assert place.exists(), f"{page.name}: {target}"
-        if anchor:
+        if anchor and place.suffix == ".md":  # lines of source files are pointers, which have a test of their own
             headings = re.findall(r"^#+ (.*)$", place.read_text(encoding="utf-8"), re.M)
             slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in slugs, f"{page.name}: {target}"
