@@ -109,7 +109,7 @@ def run_tether(
 
     from tether.control.environments import EnvironmentsConfig
     from tether.control.world import ControlCollectConfig, ControlWorld
-    from tether.pipeline.control import ControlConfig, build_control
+    from tether.pipeline.control import ControlConfig, build_control, set_threads
     from tether.pipeline.training import train_in_folder
     from tether.ppo import AdvantageConfig, Learner, LearnerConfig
     from tether.runs import Display
@@ -140,6 +140,7 @@ def run_tether(
 
     def build(checkpoint: Path | None) -> tuple[ControlWorld, Learner]:
         world, learner = build_control(config, checkpoint)
+        set_threads(config, world)
         step = world.environments.step
 
         def recorded(actions: Any) -> Any:
@@ -393,7 +394,8 @@ def run_once(name: str, contestant: str, seed: int, python: Path, arguments: arg
     batch = setting.envs * setting.steps
     setting = replace(setting, total_steps=-(-arguments.steps // batch) * batch)
     task = {"contestant": contestant, "setting": asdict(setting), "seed": seed, "script": arguments.cleanrl}
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(arguments.threads))
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    threads = dict.fromkeys(names, str(arguments.threads)) if arguments.threads else {}
     with tempfile.TemporaryDirectory() as folder:
         command = [str(python), str(Path(__file__).resolve()), WORKER, json.dumps(task)]
         done = subprocess.run(command, cwd=folder, env=os.environ | threads, capture_output=True, text=True)
@@ -485,8 +487,8 @@ def compare(arguments: argparse.Namespace) -> None:
         for name in ("torch", "gymnasium", "numpy"):
             if versions["peers"][name] != versions["tether"][name]:
                 print(f"note: {name} is {versions['tether'][name]} here, {versions['peers'][name]} for the peers")
-    machine = (
-        f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors, {arguments.threads} thread(s) each"
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors, " + (
+        f"{arguments.threads} thread(s) each" if arguments.threads else "each with its own number of threads"
     )
     print(f"{machine}; {versions}\n", flush=True)
 
@@ -670,7 +672,7 @@ def parse() -> argparse.Namespace:
         help="environment steps of a run, rounded up to whole iterations (default: 100000)",
     )
     add("--repeats", type=positive, default=5, help="runs of each contestant, seeds 0, 1, ... (default: 5)")
-    add("--threads", type=positive, default=1, help="threads of each run (default: 1)")
+    add("--threads", type=int, default=1, help="threads of each run; 0: as each sets them itself (default: 1)")
     add("--cleanrl", metavar="PATH", help="cleanrl/ppo.py, fetched from github.com/vwxyzjn/cleanrl")
     add(
         "--peers-python",

@@ -52,6 +52,8 @@ class ControlConfig:
     """Of everything random: the networks, the actions, the environments, the order of minibatches."""
     device: str = "cpu"
     """Torch device of the networks, e.g. cpu or cuda."""
+    threads: int | None = None
+    """Threads of torch. None: one for vectors, whose small networks are slower with more; its own number for images."""
     checkpoint_every: int = 50
     """Iterations between checkpoints; the last iteration always has one."""
     keep_checkpoints: int = 2
@@ -67,8 +69,8 @@ class ControlConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
+        for name in ("total_steps", "checkpoint_every", "keep_checkpoints", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}, expected 0 or more, and below 2^63")
@@ -168,9 +170,25 @@ def train_control(
         UserError: something the user brought cannot work.
     """
     kept = {"environments": _environments_of(config)}
-    return train_in_folder(
-        config, lambda checkpoint: build_control(config, checkpoint), resume, report, lambda world: kept
-    )
+
+    def build(checkpoint: Path | None) -> tuple[ControlWorld, Learner]:
+        world, learner = build_control(config, checkpoint)
+        set_threads(config, world)
+        return world, learner
+
+    threads_before = torch.get_num_threads()
+    try:
+        return train_in_folder(config, build, resume, report, lambda world: kept)
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+def set_threads(config: ControlConfig, world: ControlWorld) -> None:
+    """Give torch as many threads as the configuration says; `train_control` does, and takes them back at the end."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    elif len(world.environments.observation_space.shape) == 1:
+        torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)
@@ -345,5 +363,6 @@ __all__ = [
     "Player",
     "build_control",
     "evaluate_control",
+    "set_threads",
     "train_control",
 ]

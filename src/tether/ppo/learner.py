@@ -195,12 +195,13 @@ class Learner:
         for part in self._microbatches(batch.context.lengths[rows]):
             micro = batch.select(rows[part])
             losses = self._losses(micro)
-            # what the mask leaves out is replaced, not multiplied by 0: 0 · nan would still be nan
-            hidden, weight = ~micro.mask, weights[part, : micro.mask.shape[1]]
-            (losses["loss"].masked_fill(hidden, 0.0) * weight).sum().backward()
+            weight = weights[part, : micro.mask.shape[1]]
+            losses["loss"].backward(weight)  # the gradient of Σ weight · loss
             with torch.no_grad():
                 names = list(losses)
-                sums = sums + (torch.stack(list(losses.values())).masked_fill(hidden, 0.0) * weight).sum(dim=(1, 2))
+                # what the mask leaves out is replaced, not multiplied by 0: 0 · nan would still be nan
+                valid = torch.stack(list(losses.values())).masked_fill(~micro.mask, 0.0)
+                sums = sums + (valid * weight).sum(dim=(1, 2))
         assert isinstance(sums, Tensor)
         sum_gradients(self._parameters)
         return dict(zip(names, all_sum(sums).tolist(), strict=True))

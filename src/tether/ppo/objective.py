@@ -28,16 +28,16 @@ def clipped_surrogate(
     c·|A| (Ye et al. 2020, arXiv:1912.09729, equation 5).
     """
     ratio = (log_probs - old_log_probs).exp()
-    plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    loss = torch.maximum(plain, clipped)
-    was_clipped = clipped > plain
+    plain = advantages * ratio
+    clipped = advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    surrogate = torch.minimum(plain, clipped)
+    was_clipped = clipped < plain
     if dual_clip is not None:
-        bound = -advantages * dual_clip
-        too_bad = (advantages < 0) & (loss > bound)
-        loss = torch.where(too_bad, bound, loss)
+        bound = advantages * dual_clip
+        too_bad = (advantages < 0) & (surrogate < bound)
+        surrogate = torch.where(too_bad, bound, surrogate)
         was_clipped = was_clipped | too_bad
-    return loss, was_clipped
+    return -surrogate, was_clipped
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None) -> Tensor:
