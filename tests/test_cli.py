@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 import yaml
@@ -22,8 +22,10 @@ import yaml
 from tests.models import make_model, make_tokenizer
 from tests.run_folders import assert_same_run
 from tether.cli import COMMANDS, main
+from tether.pipeline.control import ControlConfig
 from tether.pipeline.demo import DemoConfig
 from tether.pipeline.evaluate import EvalConfig
+from tether.pipeline.explain import ExplainConfig
 from tether.pipeline.generate import GenerateConfig
 from tether.pipeline.ppo import PPOConfig
 from tether.pipeline.prove import ProveConfig
@@ -35,24 +37,22 @@ CONFIGS = {
     "sft": SFTConfig,
     "generate": GenerateConfig,
     "eval": EvalConfig,
+    "control": ControlConfig,
+    "explain": ExplainConfig,
     "demo": DemoConfig,
     "prove": ProveConfig,
 }
 
 
-def leaves(config: type, path: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Flag, default and the docstring under the field."""
-    source = _field_texts(config)
-    hints = get_type_hints(config)
+def leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Flag, default and the docstring under the field, of a configuration in which nothing was set."""
+    source = _field_texts(type(config))
     for field in dataclasses.fields(config):
-        if not field.init:
-            continue
-        name = f"{path}{field.name}"
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from leaves(hints[field.name], f"{name}.")
-        else:
-            made = field.default_factory is not dataclasses.MISSING
-            yield name, field.default_factory() if made else field.default, source[field.name]  # type: ignore[misc]
+        name, default = f"{path}{field.name}", getattr(config, field.name)
+        if dataclasses.is_dataclass(default):
+            yield from leaves(default, f"{name}.")
+        elif field.init:
+            yield name, default, source[field.name]
 
 
 def _field_texts(config: type) -> dict[str, str]:
@@ -84,7 +84,7 @@ def test_help_shows_every_field_with_default_and_meaning(command: str, capsys: p
     said = capsys.readouterr().out
     assert f"usage: tether {command}" in said
     assert "--config FILE.yaml" in said
-    for name, default, meaning in leaves(CONFIGS[command]):
+    for name, default, meaning in leaves(CONFIGS[command]()):
         flag = "--" + name.replace("_", "-")
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
         text = re.escape(squeezed(f"{meaning} (default: {shown})"))

@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import functools
 import io
+import json
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import tyro
+import tyro.constructors
+import yaml
 
 from tether.errors import UserError
 from tether.yaml_file import describe, dump_yaml, one_line, read_yaml
@@ -38,7 +41,7 @@ _NAMES: dict[Any, str] = {
     str: "text",
     Path: "a path",
     type(None): "null",
-    Any: "a value",
+    Any: "anything",
 }
 
 
@@ -229,6 +232,26 @@ def _parse_flags(cls: Any, values: dict[str, Any], args: Sequence[str], prog: st
     return _raw(cls, parsed)
 
 
+def _mapping(words: list[str]) -> dict[Any, Any]:
+    try:
+        value = yaml.safe_load(words[0])
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{words[0]!r} is no mapping")
+    return value
+
+
+# of itself tyro has no flag for a mapping that is empty by default
+_MAPPING = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="'{NAME: VALUE, ...}'",
+    instance_from_str=_mapping,
+    is_instance=lambda value: isinstance(value, dict),
+    str_from_instance=lambda value: [json.dumps(value)],
+)
+
+
 @functools.cache
 def _unchecked(cls: Any, top: bool = False) -> Any:
     """`cls` without its `__post_init__`, in every section.
@@ -247,6 +270,8 @@ def _unchecked(cls: Any, top: bool = False) -> Any:
             hint: Any = hints[field.name]
             if dataclasses.is_dataclass(hint):
                 hint = _unchecked(cast(Any, hint))
+            elif get_origin(hint) is dict:
+                hint = Annotated[hint, _MAPPING]
             fields.append((field.name, hint, dataclasses.field(default=tyro.MISSING, kw_only=True)))
     namespace: dict[str, Any] = {"__post_init__": lambda self: None}
     if not (cls.__doc__ or "").startswith(f"{cls.__name__}("):  # what `dataclass` writes where there is no docstring
@@ -348,5 +373,5 @@ def _expected(hint: Any) -> str:
     if origin in (tuple, list):
         return f"a list, each entry {_expected(arguments[0])}"
     if origin is dict:
-        return f"a mapping, each value {_expected(arguments[1])}"
+        return "a mapping" if arguments[1] is Any else f"a mapping, each value {_expected(arguments[1])}"
     return _NAMES.get(hint, str(hint))

@@ -143,7 +143,8 @@ def test_killed_at_thirty_moments_with_a_critic_of_its_own(folder: Path, command
 
 def test_killed_again_and_again(folder: Path, whole: Path, commands: Commands) -> None:
     run = folder / "again"
-    for event in (30, 40, 35, 25):
+    # each resumption gets through less than a checkpoint's way and so none comes to the end
+    for event in (30, 24, 18, 12):
         code = commands.run(go_on(commands, folder, run), run=run, kill=Moment(event, 0.01))
         assert code == -9
     assert commands.run(go_on(commands, folder, run)) == 0

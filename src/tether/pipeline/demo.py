@@ -52,11 +52,11 @@ class DemoConfig:
     """The numbers to add go from 0 to this."""
     held_out: float = 0.1
     """Share of the problems that neither phase of training sees."""
-    wrong: float = 0.43
+    wrong: float = 0.42
     """Share of the answers that are wrong in the text for fine-tuning."""
     sft_steps: int = 1700
     """Optimizer steps of fine-tuning."""
-    iterations: int = 90
+    iterations: int = 100
     """Iterations of PPO."""
 
     def __post_init__(self) -> None:
@@ -248,8 +248,8 @@ def accuracy(
     seed: int,
     world: LanguageWorld | None = None,
 ) -> tuple[float, float]:
-    """Share of sampled answers that are right, two to each problem, and, given a world, their KL to its reference."""
-    prompts = as_prompts(problems, tokenizer) * 2
+    """Share of sampled answers that are right, four to each problem, and, given a world, their KL to its reference."""
+    prompts = as_prompts(problems, tokenizer) * 4
     sampler = Sampler(LanguagePolicy(model), tokenizer, SamplingConfig(max_new_tokens=4, batch_size=1024), seed + 1)
     if world is None:
         texts = sampler.sample([p.token_ids for p in prompts]).texts
