@@ -14,6 +14,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tether.control.environments import Environments, EnvironmentsConfig
+    from tether.control.policy import ControlPolicy, NetworkConfig
+    from tether.control.world import ControlCollectConfig, ControlWorld
     from tether.episode import Episode
     from tether.errors import RewardError, UserError
     from tether.language.environment import TokenEnv
@@ -21,6 +24,13 @@ if TYPE_CHECKING:
     from tether.language.prompts import PromptsConfig
     from tether.language.sampler import Sampler, SamplingConfig
     from tether.language.world import CollectConfig, LanguageWorld
+    from tether.pipeline.control import (
+        ControlConfig,
+        ControlEvalConfig,
+        build_control,
+        evaluate_control,
+        train_control,
+    )
     from tether.pipeline.evaluate import EvalConfig, evaluate
     from tether.pipeline.ppo import Parts, PPOConfig, Trained, build_ppo, train_ppo
     from tether.pipeline.sft import SFTConfig, fine_tune, sft
@@ -30,6 +40,9 @@ if TYPE_CHECKING:
     from tether.train import Iteration, World, iterate
 
 _HOMES = {
+    "tether.control.environments": ("Environments", "EnvironmentsConfig"),
+    "tether.control.policy": ("ControlPolicy", "NetworkConfig"),
+    "tether.control.world": ("ControlCollectConfig", "ControlWorld"),
     "tether.episode": ("Episode",),
     "tether.errors": ("RewardError", "UserError"),
     "tether.language.environment": ("TokenEnv",),
@@ -37,6 +50,13 @@ _HOMES = {
     "tether.language.prompts": ("PromptsConfig",),
     "tether.language.sampler": ("Sampler", "SamplingConfig"),
     "tether.language.world": ("CollectConfig", "LanguageWorld"),
+    "tether.pipeline.control": (
+        "ControlConfig",
+        "ControlEvalConfig",
+        "build_control",
+        "evaluate_control",
+        "train_control",
+    ),
     "tether.pipeline.evaluate": ("EvalConfig", "evaluate"),
     "tether.pipeline.ppo": ("PPOConfig", "Parts", "Trained", "build_ppo", "train_ppo"),
     "tether.pipeline.sft": ("SFTConfig", "fine_tune", "sft"),
@@ -50,6 +70,13 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "AdvantageConfig",
     "CollectConfig",
+    "ControlCollectConfig",
+    "ControlConfig",
+    "ControlEvalConfig",
+    "ControlPolicy",
+    "ControlWorld",
+    "Environments",
+    "EnvironmentsConfig",
     "Episode",
     "EvalConfig",
     "Iteration",
@@ -58,6 +85,7 @@ __all__ = [
     "LanguageWorld",
     "Learner",
     "LearnerConfig",
+    "NetworkConfig",
     "PPOConfig",
     "Parts",
     "PromptsConfig",
@@ -72,14 +100,17 @@ __all__ = [
     "Trajectories",
     "UserError",
     "World",
+    "build_control",
     "build_ppo",
     "check_reward",
     "evaluate",
+    "evaluate_control",
     "fine_tune",
     "iterate",
     "read_episodes",
     "read_metrics",
     "sft",
+    "train_control",
     "train_ppo",
 ]
 
