@@ -82,7 +82,6 @@ def gradients(policy: nn.Module, loss: Tensor) -> list[Tensor]:
 
 def test_a_context_counts_every_step_and_selects_rows() -> None:
     context = StateContext(torch.arange(24.0).view(4, 3, 2))
-    assert context.markov
     assert context.lengths.tolist() == [3, 3, 3, 3]
     assert torch.equal(context.select(torch.tensor([2, 0])).observations, context.observations[[2, 0]])
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,11 +40,9 @@ class StateContext:
 
     Attributes:
         observations: (N, T, *obs), normalised float32 or uint8 images.
-        markov: each step's state stands alone, so steps may be shuffled apart.
     """
 
     observations: Tensor
-    markov: ClassVar[bool] = True
 
     @property
     def lengths(self) -> Tensor:

@@ -200,12 +200,12 @@ class ControlWorld:
             shown=np.stack([m.shown for m in moments]),
             seconds=0.0,
         )
-        bootstrap = self._bootstrap_values(moments, truncated)
-        now = _evaluate(self.policy, context, taken, self._row_wise(mask))
+        valid = self._row_wise(mask)
+        now = _evaluate(self.policy, context, taken, valid)
         rewards = self._row_wise(np.stack([m.reward for m in moments]).astype(np.float32))
         reference = None
         if self.reference is not None and self.kl is not None:
-            reference = _evaluate(self.reference, context, taken, self._row_wise(mask)).log_probs
+            reference = _evaluate(self.reference, context, taken, valid).log_probs
             if self.kl.config.placement == "reward":
                 rewards = rewards - self.kl.beta * estimate_kl(now.log_probs, reference, "k1")
         self._count(rollout)
@@ -214,11 +214,11 @@ class ControlWorld:
             actions=taken,
             log_probs=now.log_probs,
             values=now.values,
-            rewards=rewards.masked_fill(~self._row_wise(mask), 0.0),
-            mask=self._row_wise(mask),
+            rewards=rewards.masked_fill(~valid, 0.0),
+            mask=valid,
             terminated=self._row_wise(terminated),
             truncated=self._row_wise(truncated),
-            bootstrap_values=self._row_wise(bootstrap),
+            bootstrap_values=self._row_wise(self._bootstrap_values(moments, truncated)),
             context=context,
             reference_log_probs=reference,
             markov=True,
