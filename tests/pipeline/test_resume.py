@@ -97,7 +97,7 @@ def moments(count: int, events: int, seed: int) -> list[Moment]:
     draw = random.Random(seed)
     edges = [round(i * events / count) for i in range(count + 1)]
     return [
-        Moment(draw.randint(edges[i] + 1, edges[i + 1]), 0.0 if i % 2 else draw.uniform(0.0, 0.1)) for i in range(count)
+        Moment(draw.randint(edges[i] + 1, edges[i + 1]), draw.uniform(0.0, 0.02) if i % 2 else 0.0) for i in range(count)
     ]
 
 
