@@ -29,12 +29,16 @@ from tether.pipeline.explain import ExplainConfig
 from tether.pipeline.generate import GenerateConfig
 from tether.pipeline.ppo import PPOConfig
 from tether.pipeline.prove import ProveConfig
+from tether.pipeline.reward_model import RewardModelConfig
+from tether.pipeline.score import ScoreConfig
 from tether.pipeline.sft import SFTConfig
 from tether.runs import read_config, read_metrics
 
 CONFIGS = {
     "ppo": PPOConfig,
     "sft": SFTConfig,
+    "reward": RewardModelConfig,
+    "score": ScoreConfig,
     "generate": GenerateConfig,
     "eval": EvalConfig,
     "control": ControlConfig,

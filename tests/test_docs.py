@@ -5,6 +5,7 @@ A comment on the line above a fenced block says what is done with it; the reader
     <!-- file: NAME -->   the block is written to NAME
     <!-- run -->          its commands, or its Python, are run and must succeed
     <!-- run: 2 -->       its last command must end with this exit code
+    <!-- run, where there is LIBRARY -->   the same; passed over where this library is not installed
     <!-- prints -->       each of its lines is printed by the block that was run before
 
 The blocks of a page are run in its order, in an empty folder that holds the files of `examples/`, a tiny language model
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -172,7 +174,10 @@ def test_what_a_page_shows_is_run(
     names: dict[str, Any] = {"__name__": page.stem}
     printed = ""
     for block in blocks(page):
-        kind, _, value = block.mark.partition(": ")
+        mark, _, library = block.mark.partition(", where there is ")
+        if library and importlib.util.find_spec(library) is None:
+            continue
+        kind, _, value = mark.partition(": ")
         if kind == "file":
             (workplace / value).write_text(block.text, encoding="utf-8")
         elif kind == "prints":

@@ -168,6 +168,25 @@ def _sft(arguments: list[str]) -> int:
     return 0
 
 
+def _reward(arguments: list[str]) -> int:
+    from tether.config import load_config
+    from tether.pipeline.reward_model import RewardModelConfig, train_reward_model
+
+    description = "A reward model, or an ensemble, from comparisons of responses."
+    trained = train_reward_model(load_config(RewardModelConfig, arguments, "tether reward", description), show=True)
+    print(f"\nthe reward model:  {trained.folder}")
+    print(f"PPO against it:    tether ppo … --reward.functions 'reward_model?path={trained.folder}'")
+    return 0
+
+
+def _score(arguments: list[str]) -> int:
+    from tether.config import load_config
+    from tether.pipeline.score import ScoreConfig, score
+
+    score(load_config(ScoreConfig, arguments, "tether score", "Scores of a reward model for responses in a file."))
+    return 0
+
+
 def _generate(arguments: list[str]) -> int:
     from tether.config import load_config
     from tether.pipeline.generate import GenerateConfig, generate
@@ -214,6 +233,8 @@ COMMANDS = {
     "ppo": _Command("PPO on a language model, prompts and a reward", _ppo),
     "control": _Command("PPO on a gymnasium environment, and trying what it learned", _control),
     "sft": _Command("fine-tune a language model on text or chat", _sft),
+    "reward": _Command("train a reward model on preferences", _reward),
+    "score": _Command("scores of a reward model for the responses in a file", _score),
     "generate": _Command("responses of a policy to prompts", _generate),
     "eval": _Command("mean score and pass@k of a policy on prompts with a reward", _evaluate),
     "explain": _Command("one episode of each world in the same table", _explain),

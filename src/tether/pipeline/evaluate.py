@@ -19,11 +19,12 @@ from rich.table import Table
 from tether.config import config_to_dict
 from tether.errors import RewardError, UserError
 from tether.language.models import context_length
-from tether.language.prompts import PromptsConfig, load_prompts
+from tether.language.prompts import PromptsConfig, load_prompts, prompts_from_rows
 from tether.language.sampler import SamplingConfig
 from tether.language.world import as_completion
 from tether.pipeline.generate import Response, check_output, load_sampler, open_rows, sample_responses, write_row
 from tether.rewards import Rewards, RewardsConfig, Scores
+from tether.rewards.tasks import ProblemsConfig, Task
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class EvalConfig:
 
     model: str = ""
     """Folder or hub name of the policy, such as the `policy/` of a checkpoint."""
+    task: str = ""
+    """Prompts and verifier in one: `reasoning_gym:NAME`. Held-out problems are those of another `problems.seed` than
+    training had. Takes the place of `prompts.path`."""
     samples: int = 1
     """Responses to each prompt. pass@k needs at least k, and is the more exact the more there are."""
     k: tuple[int, ...] = ()
@@ -52,6 +56,7 @@ class EvalConfig:
     """Precision of the model's parameters."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model from the hub. Off: such models are refused."""
+    problems: ProblemsConfig = field(default_factory=ProblemsConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     reward: RewardsConfig = field(default_factory=RewardsConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -61,6 +66,8 @@ class EvalConfig:
             raise ValueError(f"samples is {self.samples}, expected 1 or more")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}, expected 0 or more, and below 2^63")
+        if self.task and self.prompts.path:
+            raise ValueError("task and prompts.path are both set, but a task brings its own prompts: drop one")
         for k in self.k:
             if not 1 <= k <= self.samples:
                 raise ValueError(f"k holds {k}, expected 1 to samples ({self.samples}): raise samples or lower k")
@@ -118,22 +125,26 @@ def evaluate(config: EvalConfig, show: bool = True) -> EvalResult:
         UserError: names the folder, file, row or field that cannot be used.
         RewardError: a reward function failed; what was sampled is in `config.responses`, null for missing scores.
     """
-    rewards = Rewards(config.reward)
-    if not config.prompts.path:
-        raise UserError("no prompts given: name a file with --prompts.path")
+    task = Task(config.task, config.problems) if config.task else None
+    rewards = Rewards(config.reward, first=task)
+    if task is None and not config.prompts.path:
+        raise UserError("no prompts given: name a file with --prompts.path, or a task with --task")
     for path in (config.output, config.responses):
         if path is not None:
             check_output(path, config.overwrite)
     sampler = load_sampler(
         config.model, config.sampling, config.seed, config.device, config.dtype, config.trust_remote_code
     )
-    context = context_length(sampler.policy.model)
-    prompts = load_prompts(config.prompts, sampler.tokenizer, context, config.sampling.max_new_tokens)
+    room = (context_length(sampler.policy.model), config.sampling.max_new_tokens)
+    if task is not None:
+        prompts = prompts_from_rows(task.rows, config.prompts, sampler.tokenizer, *room)
+    else:
+        prompts = load_prompts(config.prompts, sampler.tokenizer, *room)
     columns = {name: [prompt.columns[name] for prompt in prompts] for name in prompts[0].columns}
     rewards.check(columns, [prompt.source for prompt in prompts])
     console = Console(highlight=False)
     with Progress(console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
-        task = progress.add_task("prompts", total=len(prompts))
+        bar = progress.add_task("prompts", total=len(prompts))
         groups: list[tuple[list[Response], Scores]] = []
         with open_rows(config.responses, config.overwrite) as file:
             for responses in sample_responses(sampler, prompts, config.samples):
@@ -148,7 +159,7 @@ def evaluate(config: EvalConfig, show: bool = True) -> EvalResult:
                 if file is not None:
                     for response, score in zip(responses, scores.total, strict=True):
                         write_row(file, response.as_row() | {"score": score})
-                progress.advance(task, len(responses) / config.samples)
+                progress.advance(bar, len(responses) / config.samples)
     result = summarise(groups, config)
     if config.output is not None:
         _write(config, result)

@@ -30,6 +30,7 @@ from tether.language.world import CollectConfig, LanguageWorld
 from tether.pipeline.training import Trained, restore, train_in_folder
 from tether.ppo import AdvantageConfig, KLConfig, KLController, Learner, LearnerConfig
 from tether.rewards import Rewards, RewardsConfig
+from tether.rewards.tasks import ProblemsConfig, Task
 from tether.runs.random_states import seed_random_states
 from tether.train import Iteration
 
@@ -42,6 +43,9 @@ class PPOConfig:
     """Folder or hub name of the causal language model that is trained."""
     reference: str = ""
     """Folder or hub name of the model that the KL is measured against. Empty: `model` as it was before training."""
+    task: str = ""
+    """Prompts and verifier in one: `reasoning_gym:NAME`, for example reasoning_gym:chain_sum. Takes the place of
+    `prompts.path`; the functions of `reward`, if any, are added to its verifier."""
     output: str = "runs/ppo"
     """Folder of the run: configuration, metrics, episodes, checkpoints."""
     iterations: int = 100
@@ -62,6 +66,7 @@ class PPOConfig:
     """Replace a run that `output` already holds."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model from the hub. Off: such models are refused."""
+    problems: ProblemsConfig = field(default_factory=ProblemsConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     reward: RewardsConfig = field(default_factory=RewardsConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -76,6 +81,8 @@ class PPOConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}, expected 0 or more, and below 2^63")
+        if self.task and self.prompts.path:
+            raise ValueError("task and prompts.path are both set, but a task brings its own prompts: drop one")
         if not self.output:
             raise ValueError("output is empty, expected the folder of the run")
         responses = self.collect.prompts * self.collect.samples_per_prompt
@@ -124,14 +131,17 @@ def build_ppo(
         UserError: a model, prompts or reward that cannot be used.
     """
     parts = parts or Parts()
-    rewards = Rewards(config.reward, None if parts.reward is None else [parts.reward])
+    task = Task(config.task, config.problems) if config.task else None
+    rewards = Rewards(config.reward, None if parts.reward is None else [parts.reward], task)
     seed_random_states(config.seed)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code) if parts.tokenizer is None else parts.tokenizer
     prepare_tokenizer(tokenizer)
     base = _load(config, config.model) if parts.model is None else prepare_model(parts.model, config.device)
     check_vocabulary(base, tokenizer, config.model or "model")
     room = (context_length(base), config.sampling.max_new_tokens)
-    if parts.prompts is None:
+    if task is not None:
+        prompts = prompts_from_rows(task.rows, config.prompts, tokenizer, *room)
+    elif parts.prompts is None:
         prompts = load_prompts(config.prompts, tokenizer, *room)
     else:
         rows = [{"prompt": p} if isinstance(p, str) else p for p in parts.prompts]

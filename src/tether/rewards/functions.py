@@ -21,10 +21,11 @@ class RewardsConfig:
     """Where scores come from."""
 
     functions: tuple[str, ...] = ()
-    """Each `file.py:name`, `package.module:name`, or built in, with options after `?`: `exact_match?answer=answer`,
-    `regex?pattern=…`, `numeric?answer=answer&right=1&wrong=-1`, `arithmetic`."""
+    """Each `file.py:name`, `package.module:name`, `http://…` (a remote scorer), or built in, with options after `?`:
+    `exact_match?answer=answer`, `regex?pattern=…`, `numeric?answer=answer&right=1&wrong=-1`, `arithmetic`,
+    `math_verify`, `length?max_tokens=…`, `format`, `judge?model=…&url=…`."""
     weights: tuple[float, ...] = ()
-    """One factor per function; none given: all 1."""
+    """One factor per function, the task's own first where there is one; none given: all 1."""
     timeout: float = 300.0
     """Seconds that one call of one function may take."""
 
@@ -48,16 +49,24 @@ class Rewards:
     Args:
         config: which functions, their weights, the time limit.
         functions: Python callables instead of `config.functions`, for use from Python.
+        first: a callable that comes before them all: the verifier of a task.
 
     Raises:
         UserError: a function cannot be loaded, or the weights do not fit.
     """
 
-    def __init__(self, config: RewardsConfig, functions: Sequence[Callable[..., Any]] | None = None) -> None:
+    def __init__(
+        self,
+        config: RewardsConfig,
+        functions: Sequence[Callable[..., Any]] | None = None,
+        first: Callable[..., Any] | None = None,
+    ) -> None:
         if functions is None:
             loaded = [load_reward(spec) for spec in config.functions]
         else:
             loaded = [_from_callable(function) for function in functions]
+        if first is not None:
+            loaded.insert(0, _from_callable(first))
         if not loaded:
             raise UserError("no reward: name at least one function, as in `--reward.functions rewards.py:correct`")
         weights = config.weights or (1.0,) * len(loaded)
@@ -89,8 +98,10 @@ class Rewards:
         names = list(columns)
         for function in self.functions.values():
             check_columns(function, names)
-            if function.built_in and prompts is not None and isinstance(columns, Mapping):
-                function.call(**{**columns, "prompts": prompts, "completions": [""] * len(prompts)})
+            offline = function.built_in and getattr(function.call, "offline", True)
+            if offline and prompts is not None and isinstance(columns, Mapping):
+                given = {"prompts": prompts, "completions": [""] * len(prompts), "completion_ids": [[]] * len(prompts)}
+                function.call(**{**columns, **given})
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""From what a configuration says to a callable: `file.py:name`, `package.module:name`, or a built-in verifier.
+"""From what a configuration says to a callable: `file.py:name`, `package.module:name`, an address, or built in.
 
 Knows how to find a reward function and which arguments it takes; does not call it.
 """
@@ -18,11 +18,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from torch import nn
 
 from tether.errors import UserError
+from tether.rewards.judge import Judge
+from tether.rewards.mathematics import MathVerify
+from tether.rewards.models import ModelReward
+from tether.rewards.remote import Remote
+from tether.rewards.shape import Format, Length
 from tether.rewards.verifiers import Arithmetic, ExactMatch, Numeric, Regex
 
 BUILT_IN: dict[str, Callable[..., Callable[..., Any]]] = {
@@ -30,6 +35,11 @@ BUILT_IN: dict[str, Callable[..., Callable[..., Any]]] = {
     "regex": Regex,
     "numeric": Numeric,
     "arithmetic": Arithmetic,
+    "math_verify": MathVerify,
+    "length": Length,
+    "format": Format,
+    "judge": Judge,
+    "reward_model": ModelReward,
 }
 GIVEN = ("prompts", "completions", "completion_ids")  # arguments that every reward function can have
 
@@ -63,18 +73,25 @@ def load_reward(spec: str) -> RewardFunction:
     Args:
         spec: `path/to/file.py:name`, `package.module:name` (the current folder is importable), or a built-in verifier
             with options, for example `numeric?answer=solution&wrong=0`. `=` and `?` may stand in a value; `&` too,
-            unless it looks like the next option.
+            unless it looks like the next option. `http://…` and `https://…` are remote scorers, their options after
+            `#`, which no server is sent: `http://scorer:8000/score#batch=16&timeout=30`.
 
     Raises:
         UserError: there is no such file, module, name or option; the file fails when imported; it is not callable.
     """
+    if re.match(r"https?://", spec, re.IGNORECASE):
+        url, _, options = spec.partition("#")
+        return describe(_built_in(f"reward `{url}`", Remote, options, "#", url=url), label=url, name="remote")
     head, question, options = spec.partition("?")
     if head in BUILT_IN:
-        return describe(_built_in(head, options), label=head, name=head, built_in=True)
+        return describe(
+            _built_in(f"reward `{head}`", BUILT_IN[head], options, f"{head}?"), label=head, name=head, built_in=True
+        )
     place, colon, name = head.rpartition(":")
     if not colon or not place or not name:
         raise UserError(
-            f"reward `{spec}`: expected `file.py:name`, `package.module:name`, or one of: {', '.join(BUILT_IN)}"
+            f"reward `{spec}`: expected `file.py:name`, `package.module:name`, or one of: {', '.join(BUILT_IN)}; "
+            "or the address of a scorer, `http://…`"
         )
     if question:
         raise UserError(f"reward `{spec}`: options after `?` are for the built-in rewards: {', '.join(BUILT_IN)}")
@@ -131,7 +148,7 @@ def check_columns(function: RewardFunction, columns: Iterable[str]) -> None:
     if not missing:
         return
     if function.built_in:
-        remedy = f"name the right one: `{function.label}?answer=COLUMN`"
+        remedy = getattr(function.call, "missing_column", f"name the right one: `{function.label}?answer=COLUMN`")
     else:
         remedy = f"give the argument a default, or rename it (always there: {', '.join(GIVEN)})"
     raise UserError(
@@ -140,26 +157,26 @@ def check_columns(function: RewardFunction, columns: Iterable[str]) -> None:
     )
 
 
-def _built_in(name: str, options: str) -> Callable[..., Any]:
-    """A verifier with the options of `key=value&key=value`."""
-    factory = BUILT_IN[name]
-    fields = {field.name: field for field in dataclasses.fields(factory) if field.init}  # type: ignore[arg-type]
+def _built_in(place: str, factory: Any, options: str, start: str, **values: Any) -> Callable[..., Any]:
+    """A verifier with the options of `key=value&key=value`, and `values` besides."""
+    fields = {field.name: field for field in dataclasses.fields(factory) if field.init and field.name not in values}
     types = get_type_hints(factory)
-    values: dict[str, Any] = {}
     # Only `&word=` separates, so that a regular expression can hold `&`.
     for option in re.split(r"&(?=\w+=)", options) if options else []:
         key, equals, text = option.partition("=")
         if key in fields and not equals:
-            raise UserError(f"reward `{name}`: option `{key}` has no value: `{name}?{key}=…`")
+            raise UserError(f"{place}: option `{key}` has no value: `{start}{key}=…`")
         if key not in fields:
-            raise UserError(f"reward `{name}`: no option `{key}`; it has: {', '.join(fields)} (as in `{name}?right=1`)")
+            example = "right=1" if "right" in fields else f"{next(iter(fields))}=…"
+            raise UserError(f"{place}: no option `{key}`; it has: {', '.join(fields)} (as in `{start}{example}`)")
         if key in values:
-            raise UserError(f"reward `{name}`: option `{key}` is given twice")
-        values[key] = _option(f"reward `{name}`: option `{key}`", types[key], text)
+            raise UserError(f"{place}: option `{key}` is given twice")
+        values[key] = _option(f"{place}: option `{key}`", types[key], text)
     for field in fields.values():
         if field.default is dataclasses.MISSING and field.name not in values:
-            raise UserError(f"reward `{name}` needs the option `{field.name}`: `{name}?{field.name}=…`")
-    return factory(**values)
+            raise UserError(f"{place} needs the option `{field.name}`: `{start}{field.name}=…`")
+    made: Callable[..., Any] = factory(**values)
+    return made
 
 
 def _option(place: str, kind: Any, text: str) -> str | bool | float:
@@ -177,6 +194,10 @@ def _option(place: str, kind: Any, text: str) -> str | bool | float:
         value = float("nan")
     if not abs(value) < float("inf"):  # NaN too
         raise UserError(f"{place} is {text!r}; expected a finite number")
+    if kind is int or int in get_args(kind):
+        if not value.is_integer():
+            raise UserError(f"{place} is {text!r}; expected a whole number")
+        return int(value)
     return value
 
 
