@@ -18,7 +18,7 @@ CORE = sorted((SOURCE / "ppo").glob("*.py"))
 NAMES = {path: str(path.relative_to(SOURCE)) for path in FILES}
 
 WORLDS = {"language", "control"}
-LEAVES = {"errors", "yaml_file", "episode"}
+LEAVES = {"errors", "yaml_file", "episode", "user_code"}
 """What every room may import, since it imports none."""
 
 BELOW: dict[str, set[str]] = {
@@ -35,6 +35,7 @@ BELOW: dict[str, set[str]] = {
     "__main__": {"cli"},
     "errors": set(),
     "episode": set(),
+    "user_code": {"errors"},
     "yaml_file": {"errors"},
 }
 """What each room may import besides itself; arrows point down."""

@@ -7,16 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import re
-import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args, get_type_hints
 
@@ -29,6 +24,7 @@ from tether.rewards.models import ModelReward
 from tether.rewards.remote import Remote
 from tether.rewards.shape import Format, Length
 from tether.rewards.verifiers import Arithmetic, ExactMatch, Numeric, Regex
+from tether.user_code import import_place
 
 BUILT_IN: dict[str, Callable[..., Callable[..., Any]]] = {
     "exact_match": ExactMatch,
@@ -95,7 +91,7 @@ def load_reward(spec: str) -> RewardFunction:
         )
     if question:
         raise UserError(f"reward `{spec}`: options after `?` are for the built-in rewards: {', '.join(BUILT_IN)}")
-    module = _import_file(spec, Path(place)) if place.endswith(".py") else _import_module(spec, place)
+    module = import_place(place, f"reward `{spec}`", "reward", "file.py:name", lambda source: _one_line(spec, source))
     if not hasattr(module, name):
         there = [key for key, value in vars(module).items() if _defined_in(module, value) and not key.startswith("_")]
         listed = ", ".join(there) or "no function"
@@ -199,58 +195,6 @@ def _option(place: str, kind: Any, text: str) -> str | bool | float:
             raise UserError(f"{place} is {text!r}; expected a whole number")
         return int(value)
     return value
-
-
-def _import_file(spec: str, path: Path) -> ModuleType:
-    path = path.expanduser()
-    if not path.is_file():
-        raise UserError(f"reward `{spec}`: no such file: {path} (seen from {Path.cwd()})")
-    path = path.resolve()
-    # A name of its own, so that a file called random.py hides nothing; the same for every function of the same file.
-    state = f"{path}:{path.stat().st_mtime_ns}"
-    name = f"tether_reward_{path.stem}_{hashlib.sha256(state.encode()).hexdigest()[:12]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None  # the suffix is .py
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # dataclasses and typing look their module up there
-    try:
-        with _importable(path.parent), _one_line(spec, str(path)):
-            found.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _import_module(spec: str, name: str) -> ModuleType:
-    with _importable(Path.cwd()), _one_line(spec, name):
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            # Only when the module itself, or a package on the way to it, is what was not found.
-            if error.name is None or not (name + ".").startswith(error.name + "."):
-                raise
-            remedy = "; a file is named with its suffix: `file.py:name`" if "/" in name or "." not in name else ""
-            raise UserError(
-                f"reward `{spec}`: no module `{error.name}` is installed or in {Path.cwd()}{remedy}"
-            ) from error
-
-
-@contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """`folder` first on the import path while a reward is imported; last afterwards, for what it imports later."""
-    entry = str(folder)
-    sys.path.insert(0, entry)
-    try:
-        yield
-    finally:
-        if entry in sys.path:  # the module may have changed the path itself
-            sys.path.remove(entry)
-        if entry not in sys.path:
-            sys.path.append(entry)
 
 
 @contextmanager
