@@ -62,12 +62,12 @@ sync: .venv/.torch
 			"install one and run make again" >&2; exit 1; }
 ifeq ($(TORCH),cpu)
 	$(UV) venv --quiet --clear .venv
-	$(UV) export --quiet --frozen --no-hashes --no-emit-project --extra control --prune torch -o .venv/requirements.txt
-	$(UV) export --quiet --frozen --no-hashes --no-emit-project --extra control --no-emit-package torch -o .venv/constraints.txt
+	$(UV) export --quiet --frozen --no-hashes --no-emit-project --extra control --extra rlhf --prune torch -o .venv/requirements.txt
+	$(UV) export --quiet --frozen --no-hashes --no-emit-project --extra control --extra rlhf --no-emit-package torch -o .venv/constraints.txt
 	$(UV) pip install --python .venv --compile-bytecode --torch-backend cpu \
 		-r .venv/requirements.txt -c .venv/constraints.txt "$(TORCH_SPEC)" -e .
 else
-	$(UV) sync --frozen --extra control --compile-bytecode
+	$(UV) sync --frozen --extra control --extra rlhf --compile-bytecode
 endif
 	@echo $(TORCH) > $@
 

@@ -1,7 +1,8 @@
 """Malformed inputs, and what is said of each: the cases of `test_malformed.py` and of `docs/malformed-inputs.md`.
 
-Every case runs in a folder of its own that holds `model`, `chat` (the same with a chat template), `prompts.jsonl`,
-`rows.jsonl`, `rewards.py` and `world.py`, all of them good until the case spoils one.
+Every case runs in a folder of its own that holds `model`, `chat` (the same with a chat template), `judge` (a reward
+model), `prompts.jsonl`, `rows.jsonl`, `pairs.jsonl`, `responses.jsonl`, `rewards.py` and `world.py`, all of them good
+until the case spoils one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
 from tests.models import make_model, make_tokenizer
+from tether.rewards.classifiers import load_classifier
 
 Prepare = Callable[[], None]
 PPO = (
@@ -26,6 +28,12 @@ PPO = (
 )
 SFT = "sft --model model --data rows.jsonl --output run --max-steps 2"
 GENERATE = "generate --model model --prompt ab --sampling.max-new-tokens 4"
+REWARD = "reward --model model --preferences.path pairs.jsonl --output run --max-steps 2"
+SCORE = "score --model judge --data responses.jsonl --output run.jsonl"
+TASK = (
+    "ppo --model model --output run --iterations 3 --collect.prompts 4 --sampling.max-new-tokens 4 "
+    "--learner.minibatches 2 --task"
+)
 EVAL = (
     "eval --model model --prompts.path prompts.jsonl --reward.functions rewards.py:score --sampling.max-new-tokens 4 "
     "--output run/result.json"
@@ -80,6 +88,7 @@ class Case:
         files: contents of files in the working folder, against the good ones.
         prepare: spoils what `files` cannot; runs in the working folder.
         library: a regular expression for words of a library in the line, which differ between versions.
+        needs: a module without which there is nothing to see.
     """
 
     what: str
@@ -88,6 +97,7 @@ class Case:
     files: Mapping[str, str | bytes] = field(default_factory=dict)
     prepare: Prepare | None = None
     library: str | None = None
+    needs: str | None = None
 
 
 def jsonl(*rows: object) -> str:
@@ -108,6 +118,12 @@ def make_folders(folder: Path) -> None:
     prompts = ("ab", "cd", "ef", "fa")
     (folder / "prompts.jsonl").write_text(jsonl(*({"prompt": text, "answer": "a"} for text in prompts)))
     (folder / "rows.jsonl").write_text(jsonl(*({"prompt": text, "completion": "c"} for text in prompts)))
+    pairs = ({"prompt": text, "chosen": "c", "rejected": "d"} for text in prompts)
+    (folder / "pairs.jsonl").write_text(jsonl(*pairs))
+    (folder / "responses.jsonl").write_text(jsonl(*({"prompt": text, "response": "c"} for text in prompts)))
+    judge, its_tokenizer = load_classifier(str(folder / "model"), new_head_seed=0)
+    judge.save_pretrained(folder / "judge")
+    its_tokenizer.save_pretrained(folder / "judge")
     (folder / "rewards.py").write_text(GOOD_REWARD)
     (folder / "world.py").write_text(GOOD_WORLD)
 
@@ -267,7 +283,7 @@ MODELS = [
          prepare=wider_weights),
     Case("the weights have fewer layers", GENERATE, ("config.json", "12 tensors missing"), prepare=fewer_layers),
     Case("the weights hold NaN", PPO, ("model", "NaN", "h.0.mlp.c_fc.weight"), prepare=weights_with_nan),
-    Case("the reference model is not there", f"{PPO} --reference ./old", ("./old", "no such folder")),
+    Case("the reference model is not there", f"{PPO} --reference.model ./old", ("./old", "no such folder")),
 ]  # fmt: skip
 
 TOKENIZERS = [
@@ -374,7 +390,135 @@ REWARDS = [
     Case("a verifier's option that there is not", f"{EVAL} --reward.functions numeric?good=1", ("`numeric`", "`good`")),
     Case("a verifier's option that cannot be", f"{EVAL} --reward.functions numeric?right=x", ("`right`", "'x'")),
     Case("a verifier's regular expression is none", f"{EVAL} --reward.functions regex?pattern=(", ("'('", "regular")),
-    Case("an answer that a verifier cannot read", f"{EVAL} --reward.functions numeric", ("numeric", "`answer`", "'a'")),
+    Case("an answer that a verifier cannot read", f"{EVAL} --reward.functions numeric",
+         ("prompts.jsonl, row 1", "numeric", "`answer`", "'a'")),
+    Case("a prompt that a verifier cannot work out", f"{PPO} --reward.functions arithmetic",
+         ("prompts.jsonl, row 1", "arithmetic", "'ab'")),
+]  # fmt: skip
+
+
+def pairs(what: str, contents: object, *says: str, more: str = "") -> Case:
+    """A case of `tether reward` with these comparisons."""
+    data = contents if isinstance(contents, str) else jsonl(*contents)  # type: ignore[misc]
+    return Case(what, f"{REWARD} {more}".rstrip(), ("pairs.jsonl", *says), {"pairs.jsonl": data})
+
+
+def pair(**changes: Any) -> list[dict[str, Any]]:
+    """Two comparisons, the second of them spoilt."""
+    good = {"prompt": "ab", "chosen": "c", "rejected": "d"}
+    return [good, {"prompt": "cd", "chosen": "a", "rejected": "b"} | changes]
+
+
+def responses(what: str, rows: list[dict[str, Any]], *says: str, more: str = "") -> Case:
+    """A case of `tether score` with these responses."""
+    return Case(what, f"{SCORE} {more}".rstrip(), ("responses.jsonl", *says), {"responses.jsonl": jsonl(*rows)})
+
+
+def answered(**changes: Any) -> list[dict[str, Any]]:
+    """Two responses, the second of them spoilt."""
+    return [{"prompt": "ab", "response": "c"}, {"prompt": "cd", "response": "a"} | changes]
+
+
+def judge(change: Callable[[dict[str, Any]], None]) -> Prepare:
+    """`judge/config.json` with something changed."""
+
+    def prepare() -> None:
+        fields = json.loads(Path("judge/config.json").read_text())
+        change(fields)
+        Path("judge/config.json").write_text(json.dumps(fields))
+
+    return prepare
+
+
+NORMALISED = {"members": 1, "means": [0.0], "stds": [0.0], "mean": [0, 1], "min": [0, 1], "spread": [0, 0, 0]}
+PREFERENCES = [
+    Case("no comparisons named", "reward --model model --output run", ("no preferences", ".jsonl")),
+    Case("no model named", "reward --output run", ("no model", "--model")),
+    Case("no folder for the run", "reward --model model --preferences.path pairs.jsonl", ("no output", "--output")),
+    Case("the file is missing", f"{REWARD} --preferences.path p.jsonl", ("p.jsonl", "no such file")),
+    pairs("a line is not JSON", '{"prompt": "ab"', "line 1", "malformed JSON"),
+    pairs("there are no columns of responses", [{"prompt": "ab", "better": "c", "worse": "d"}], "`chosen`",
+          "--preferences.chosen-column"),
+    pairs("a response is missing", pair(rejected=None), "row 2", "`rejected`"),
+    pairs("a response is a number", pair(chosen=7), "row 2", "`chosen`", "int (7)"),
+    pairs("text against messages", pair(chosen=[{"role": "assistant", "content": "a"}]), "row 2", "same form"),
+    pairs("messages for a model that has no chat template",
+          [{"prompt": [{"role": "user", "content": "a"}],
+            "chosen": [{"role": "assistant", "content": "b"}], "rejected": [{"role": "assistant", "content": "c"}]}],
+          "row 1", "no chat template"),
+    pairs("neither a prompt nor a shared dialogue", [{"chosen": "a", "rejected": "b"}], "row 1", "no prompt"),
+    pairs("both responses are the same in every row", [{"prompt": "a", "chosen": "b", "rejected": "b"}],
+          "no comparison is left", "1 identical"),
+    pairs("a margin below 0", pair(margin=-1), "row 2", "`margin`", "-1"),
+    pairs("a tie that is neither true nor false", pair(tie="perhaps"), "row 2", "`tie`", "'perhaps'"),
+    pairs("a comparison longer than the context", pair(chosen="a" * 80), "row 2", "83 tokens", "at most 64"),
+    pairs("all comparisons of one prompt", [{"prompt": "a", "chosen": "b", "rejected": c} for c in "cdef"],
+          "eval_fraction 0.1 leaves nothing", "eval_data"),
+    Case("no members", f"{REWARD} --members 0", ("members is 0", "1 or more")),
+    Case("a learning rate that is infinite", f"{REWARD} --learning-rate inf", ("learning_rate is inf", "finite")),
+    Case("longer than the context allowed", f"{REWARD} --max-tokens 65", ("max_tokens is 65", "context of 64")),
+    Case("a model of another kind of head", f"{REWARD} --model judge", ("judge", "2 labels"),
+         prepare=judge(lambda fields: fields.update(id2label={"0": "bad", "1": "good"}, label2id=None))),
+    Case("adapters in the place of a model", f"{REWARD} --model adapters", ("adapters", "tether export"),
+         {"adapters/adapter_config.json": "{}"}),
+    Case("scores by a language model", f"{SCORE} --model model", ("model", "not a reward model", "`tether reward`")),
+    Case("a reward model whose weights are missing", SCORE, ("judge", "no model.safetensors"),
+         prepare=remove("judge/model.safetensors")),
+    Case("its normalisation is not JSON", SCORE, ("judge/score_normalisation.json", "no normalisation"),
+         {"judge/score_normalisation.json": "{"}),
+    Case("its normalisation divides by 0", SCORE, ("judge/score_normalisation.json", "not above 0"),
+         {"judge/score_normalisation.json": json.dumps(NORMALISED | {"samples": 1, "source": "x"})}),
+    Case("no file for the scores", "score --model judge --data responses.jsonl", ("no output", "--output")),
+    Case("the file for the scores is there", f"{SCORE} --output rows.jsonl", ("rows.jsonl", "already there")),
+    Case("no column of responses", f"{SCORE} --data prompts.jsonl", ("prompts.jsonl", "`response`", "answer")),
+    responses("scores are there already", answered(score=1.0) + answered(), "`score`", "--column"),
+    responses("a response to score is missing", answered(response=None), "row 2", "null or missing"),
+    responses("a response to score is longer than the context", answered(response="a" * 80), "row 2", "83 tokens",
+              "`truncate`"),
+]  # fmt: skip
+
+TASKS = [
+    Case("a task of no library", f"{TASK} chain_sum", ("task `chain_sum`", "`reasoning_gym:NAME`")),
+    Case("a task that there is not", f"{TASK} reasoning_gym:chain_sums", ("no such task", "chain_sum"),
+         needs="reasoning_gym"),
+    Case("an option that a task does not take", f"{TASK} reasoning_gym:chain_sum --problems.options '{{digits: 2}}'",
+         ("reasoning_gym:chain_sum", "digits", "problems.options"), needs="reasoning_gym"),
+    Case("an option that is a field", f"{TASK} reasoning_gym:chain_sum --problems.options '{{size: 2}}'",
+         ("problems: options hold size",)),
+    Case("no problems", f"{TASK} reasoning_gym:chain_sum --problems.size 0", ("problems: size is 0",)),
+    Case("a seed beyond the last", f"{TASK} reasoning_gym:chain_sum --problems.seed 4001", ("seed is 4001", "4000")),
+    Case("a task and prompts", f"{TASK} reasoning_gym:chain_sum --prompts.path prompts.jsonl", ("task", "both set")),
+    Case("neither a task nor prompts", "eval --model model --reward.functions rewards.py:score",
+         ("no prompts", "--task")),
+]  # fmt: skip
+
+
+def service(what: str, function: str, *says: str, **rest: Any) -> Case:
+    """A reward that cannot be, given to `tether ppo`."""
+    return Case(what, f"{PPO} --reward.functions '{function}'", says, **rest)
+
+
+SERVICES = [
+    service("an address without a host", "http:///score", "no address", "http://HOST:PORT/PATH"),
+    service("an address whose port is no number", "http://scorer:many/score", "scorer:many", "no address"),
+    service("a password in the address", "http://me:secret@scorer/score", "password", "`token_env`"),
+    service("an option that a scorer has not", "http://scorer/score#size=3", "no option `size`", "batch"),
+    service("an option that cannot be", "http://scorer/score#timeout=0", "option `timeout` is 0", "above 0"),
+    service("a token that is not set", "http://scorer/score#token_env=NO_SUCH_TOKEN", "NO_SUCH_TOKEN is not set"),
+    service("a judge without a model", "judge?url=http://scorer/v1", "needs the option `model`"),
+    service("a judge without an address", "judge?model=m&url=scorer", "'scorer' is no address"),
+    service("a scale that is upside down", "judge?model=m&url=http://scorer/v1&low=5&high=1", "low is 5, high is 1"),
+    service("the rubric is missing", "judge?model=m&url=http://scorer/v1&rubric=r.txt", "r.txt", "No such file"),
+    service("the rubric does not show the completion", "judge?model=m&url=http://scorer/v1&rubric=r.txt", "r.txt",
+            "{completion}", files={"r.txt": "Rate {prompt}."}),
+    service("the rubric has a lone brace", "judge?model=m&url=http://scorer/v1&rubric=r.txt", "r.txt", "{{ and }}",
+            files={"r.txt": "Rate {completion} as {"}),
+    service("the rubric names a column that is not there", "judge?model=m&url=http://scorer/v1&rubric=r.txt",
+            "`solution`", "answer", files={"r.txt": "{completion} against {solution}"}),
+    service("a reward model that is not there", "reward_model?path=./judges", "./judges", "no such folder"),
+    service("a reward model without its path", "reward_model", "needs the option `path`"),
+    service("a reward model that is a language model", "reward_model?path=model", "not a reward model"),
+    service("a combination that there is not", "reward_model?path=judge&combine=max", "combine is", "mean-std"),
 ]  # fmt: skip
 
 
@@ -395,6 +539,32 @@ FAILING_REWARDS = [
     failing("it returns an infinite number", "return [float('inf')] * 4", "returned inf for completion 0", "finite"),
     failing("it returns a list of texts", "return ['1'] * 4", "returned str ('1') for completion 0"),
     failing("it hangs", "import time; time.sleep(3600)", "after 1 s", "--reward.timeout", more="--reward.timeout 1"),
+]
+
+
+PORT = "127.0.0.1:8000"  # stands for the one on which the tests have a service
+
+
+def serving(what: str, path: str, *says: str, more: str = "", judge: bool = False) -> Case:
+    """A service that answers two iterations, and goes wrong in the third as `path` says."""
+    options = f"retries=1&backoff=0{more}"
+    scorer = f"judge?model=m&url=http://{PORT}/{path}&{options}" if judge else f"http://{PORT}/{path}#{options}"
+    return Case(what, f"{PPO} --frontier.samples 0 --reward.functions '{scorer}'", (PORT, *says))
+
+
+FAILING_SERVICES = [
+    serving("it answers 500", "error", "answered 500", "out of memory", "2 attempts"),
+    serving("it refuses", "refusal", "answered 401 Unauthorized", "one attempt"),
+    serving("it has moved", "moved", "answered 302", "http://elsewhere/score"),
+    serving("it is slow", "slow", "no answer within 0.1 s", "2 attempts", more="&timeout=0.1"),
+    serving("it hangs up", "hang-up", "no connection", "2 attempts"),
+    serving("it answers with a page", "page", "not JSON", "<html>"),
+    serving("it answers half a batch", "half", "2 scores for 4 completions"),
+    serving("it answers something else", "other", "'result': 1", '{"scores": [one number per completion]}'),
+    serving("it answers NaN", "nan", "nan for completion 0", "a finite number"),
+    serving("it answers text", "text", "'good' for completion 0", "a finite number"),
+    serving("the judge gives no rating", "chat", "gave no rating from 0 to 10", "'I would rather not.'", judge=True),
+    serving("the judge's answer is none", "nothing", "expected a chat completion", judge=True),
 ]
 
 
@@ -538,8 +708,12 @@ SECTIONS: dict[str, list[Case]] = {
     "Models": MODELS,
     "Tokenizers": TOKENIZERS,
     "Prompts and training rows": PROMPTS,
+    "Preferences and reward models": PREFERENCES,
     "Rewards, before training": REWARDS,
+    "Tasks": TASKS,
+    "Scorers, judges and reward models as rewards": SERVICES,
     "Rewards, in the third iteration": FAILING_REWARDS,
+    "Scorers and judges, in the third iteration": FAILING_SERVICES,
     "Environments, before training": ENVIRONMENTS,
     "Environments, in the third iteration": FAILING_ENVIRONMENTS,
     "Runs and checkpoints": RUNS,

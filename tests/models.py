@@ -32,6 +32,7 @@ from transformers import (
 from tether.language.models import prepare_model
 from tether.language.policy import LanguagePolicy
 from tether.language.prompts import Prompt
+from tether.language.reference import ModelReference
 from tether.language.sampler import Sampler, SamplingConfig
 from tether.language.world import CollectConfig, LanguageWorld
 from tether.ppo import KLConfig, KLController
@@ -160,7 +161,7 @@ def make_world(
     sampler = Sampler(policy, make_tokenizer(), sampling or SamplingConfig(max_new_tokens=8), seed)
     return LanguageWorld(
         policy,
-        reference,
+        ModelReference(reference),
         sampler,
         make_prompts() if prompts is None else prompts,
         CountingRewards() if rewards is None else rewards,

@@ -27,6 +27,8 @@ def measure(batch: Trajectories) -> dict[str, Any]:
     found: dict[str, Any] = {}
     advantages, returns = Learner(policy).credit(batch)
     found["advantages"] = advantages[batch.mask]
+    scaled = Learner(policy, advantage=AdvantageConfig(whiten_rewards=True)).credit(batch)
+    found["returns of whitened rewards"] = scaled[1][batch.mask]
     for aggregation in AGGREGATIONS:
         config = LearnerConfig(aggregation=aggregation, entropy_coefficient=0.01)
         found[f"gradient/{aggregation}"] = gradient(policy, batch, advantages, returns, config)

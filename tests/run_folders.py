@@ -39,7 +39,8 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert episode_rows(found) == episode_rows(expected)
     assert newest_checkpoint(found)[0] == newest_checkpoint(expected)[0]
     files = checkpoint_files(found)
-    assert {"policy/model.safetensors", "critic.safetensors", "trainer.safetensors", "trainer.json"} < files.keys()
+    assert {"critic.safetensors", "trainer.safetensors", "trainer.json"} < files.keys()
+    assert {"policy/model.safetensors", "policy/adapter_model.safetensors"} & files.keys()
     different = [name for name, content in checkpoint_files(expected).items() if files.get(name) != content]
     assert different == []
     assert len(files) == len(checkpoint_files(expected))

@@ -46,6 +46,7 @@ from tether.language import world as language_module
 from tether.language.environment import TokenEnv, score_with_rewards
 from tether.language.models import prepare_model
 from tether.language.policy import LanguagePolicy
+from tether.language.reference import ModelReference
 from tether.language.sampler import Sampler, SamplingConfig
 from tether.language.world import CollectConfig, LanguageWorld
 from tether.pipeline.bridge import LimitEnds, StepwisePolicy
@@ -129,7 +130,14 @@ def make_roads(case: Case, seed: int = 0) -> Roads:
         bootstrap_truncated=case.bootstrap,
     )
     language = LanguageWorld(
-        policy, copy.deepcopy(reference), sampler, PROMPTS, CountingRewards(), KLController(case.kl), collect, seed
+        policy,
+        ModelReference(copy.deepcopy(reference)),
+        sampler,
+        PROMPTS,
+        CountingRewards(),
+        KLController(case.kl),
+        collect,
+        seed,
     )
     envs = [
         Asked(

@@ -26,12 +26,14 @@ from tether.pipeline.control import ControlConfig
 from tether.pipeline.demo import DemoConfig
 from tether.pipeline.evaluate import EvalConfig
 from tether.pipeline.explain import ExplainConfig
+from tether.pipeline.export import ExportConfig
 from tether.pipeline.generate import GenerateConfig
 from tether.pipeline.ppo import PPOConfig
 from tether.pipeline.prove import ProveConfig
 from tether.pipeline.reward_model import RewardModelConfig
 from tether.pipeline.score import ScoreConfig
 from tether.pipeline.sft import SFTConfig
+from tether.report import ReportConfig
 from tether.runs import read_config, read_metrics
 
 CONFIGS = {
@@ -40,6 +42,8 @@ CONFIGS = {
     "reward": RewardModelConfig,
     "score": ScoreConfig,
     "generate": GenerateConfig,
+    "export": ExportConfig,
+    "report": ReportConfig,
     "eval": EvalConfig,
     "control": ControlConfig,
     "explain": ExplainConfig,
@@ -60,11 +64,12 @@ def leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any, str]]:
 
 
 def _field_texts(config: type) -> dict[str, str]:
-    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0].body  # type: ignore[attr-defined]
     texts = {}
-    for field, text in itertools.pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-            texts[field.target.id] = str(text.value.value)  # type: ignore[union-attr]
+    for cls in reversed(config.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+        for field, text in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                texts[field.target.id] = str(text.value.value)  # type: ignore[union-attr]
     return texts
 
 

@@ -212,10 +212,12 @@ def test_metrics_of_a_run_are_all_explained(workplace: Path) -> None:
     """And no metric is explained that no run has; those with a condition are named here."""
     flags = ["--iterations", "1", "--overwrite"]
     names: set[str] = set()
-    for changes in ([], ["--kl.placement", "loss"]):
+    filtering = ["--collect.filter-prompts", "--collect.samples-per-prompt", "2", "--collect.max-draws", "2"]
+    held_out = ["--gold.functions", "rewards.py:correct", "rewards.py:correct"]
+    for changes in ([], ["--kl.placement", "loss"], filtering, held_out):
         assert main(["ppo", "--config", "ppo.yaml", *flags, *changes]) == 0
         names |= json.loads((workplace / "runs/arithmetic/metrics.jsonl").read_text()).keys()
-    names = {"score/NAME" if name.startswith("score/") else name for name in names if name != "iteration"}
+    names = {re.sub("^(score|gold)/.*", r"\1/NAME", name) for name in names if name != "iteration"}
     names = {"time/…" if name.startswith("time/") else name for name in names}
     assert {span for row in table(ROOT / "docs/run-folder.md", "metric") for span in spans(row[0])} == names
 
@@ -307,7 +309,7 @@ def test_sections_and_flags_in_the_text_exist(page: Path) -> None:
     for span in spans(prose(page)):
         for name in re.findall(rf"(?:^|--)((?:{'|'.join(sections)})\.[a-z0-9_-]+)", span):
             positive = name.replace(".no-", ".").replace("-", "_")
-            assert positive in ALL_FIELDS or name.endswith((".py", ".jsonl", ".db")), f"{page.name}: {span}"
+            assert positive in ALL_FIELDS or name.endswith((".py", ".json", ".jsonl", ".db")), f"{page.name}: {span}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES.get)

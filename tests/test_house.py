@@ -18,7 +18,7 @@ CORE = sorted((SOURCE / "ppo").glob("*.py"))
 NAMES = {path: str(path.relative_to(SOURCE)) for path in FILES}
 
 WORLDS = {"language", "control"}
-LEAVES = {"errors", "yaml_file", "episode", "user_code"}
+LEAVES = {"errors", "yaml_file", "episode", "user_code", "devices", "pretrained"}
 """What every room may import, since it imports none."""
 
 BELOW: dict[str, set[str]] = {
@@ -30,11 +30,14 @@ BELOW: dict[str, set[str]] = {
     "language": LEAVES | {"config", "ppo", "rewards"},
     "control": LEAVES | {"config", "ppo", "rewards"},
     "pipeline": LEAVES | {"config", "ppo", "rewards", "runs", "train"} | WORLDS,
+    "report": LEAVES | {"config", "runs"},
     "studio": LEAVES | {"config", "ppo", "rewards", "runs"},
-    "cli": LEAVES | {"config", "ppo", "rewards", "runs", "train", "pipeline", "studio"} | WORLDS,
+    "cli": LEAVES | {"config", "ppo", "rewards", "runs", "train", "pipeline", "report", "studio"} | WORLDS,
     "__main__": {"cli"},
+    "devices": {"errors"},
     "errors": set(),
     "episode": set(),
+    "pretrained": {"errors"},
     "user_code": {"errors"},
     "yaml_file": {"errors"},
 }

@@ -14,8 +14,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -26,16 +29,21 @@ from tests.malformed_inputs import (
     EVAL,
     FAILING_ENVIRONMENTS,
     FAILING_REWARDS,
+    FAILING_SERVICES,
     GOOD_REWARD,
     GOOD_WORLD,
     MODELS,
+    PORT,
     PPO,
+    PREFERENCES,
     PROMPTS,
     RESUME,
     REWARDS,
     RUNS,
     SECTIONS,
+    SERVICES,
     SETTINGS,
+    TASKS,
     TOKENIZERS,
     Case,
     damage,
@@ -90,6 +98,76 @@ def stopped(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _trained(good, tmp_path_factory.mktemp("stopped") / "work", command)
 
 
+FAULTS: dict[str, tuple[int, Any]] = {  # the rest of a path → status and body; of the others there is no answer
+    "error": (500, b"out of memory"),
+    "refusal": (401, b"no such key"),
+    "moved": (302, b""),
+    "page": (200, b"<html>Welcome</html>"),
+    "half": (200, {"scores": [1.0, 0.0]}),
+    "other": (200, {"result": 1}),
+    "nan": (200, {"scores": [float("nan")] * 4}),
+    "text": (200, {"scores": ["good"] * 4}),
+    "chat": (200, {"choices": [{"message": {"content": "I would rather not."}}]}),
+    "nothing": (200, {"choices": []}),
+}
+
+
+class Service(ThreadingHTTPServer):
+    """A scorer and a judge that count the letter a in two iterations; from the third on each path has a fault."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Answer)
+        self.good = 2  # iterations
+        self.asked = 0
+        self.lock = threading.Lock()
+        self.over = threading.Event()
+
+    def answer(self, path: str, question: dict[str, Any]) -> tuple[int, Any] | None:
+        """Status and body; None for none at all."""
+        fault = path.split("/")[1]
+        with self.lock:
+            self.asked += len(question.get("completions", [0]))
+            if self.asked > 4 * self.good and fault == "slow":
+                self.over.wait(10)
+            elif self.asked > 4 * self.good:
+                return FAULTS.get(fault)
+        if "messages" in question:
+            said = f"Score: {question['messages'][0]['content'].count('a') % 10}"
+            return 200, {"choices": [{"message": {"content": said}}]}
+        return 200, {"scores": [float(text.count("a")) for text in question["completions"]]}
+
+
+class _Answer(BaseHTTPRequestHandler):
+    server: Service
+
+    def do_POST(self) -> None:
+        found = self.server.answer(self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        if found is None:
+            return
+        status, body = found
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        if status == 302:
+            self.send_header("Location", "http://elsewhere/score")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing: standard error is what the tests read."""
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    with Service() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.over.set()
+        server.shutdown()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def page() -> Iterator[None]:
     yield
@@ -112,20 +190,26 @@ def _spoil(case: Case) -> None:
     if case.prepare is not None:
         case.prepare()
     for name, contents in case.files.items():
+        Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_bytes(contents if isinstance(contents, bytes) else contents.encode())
 
 
-def _fails(case: Case, capsys: pytest.CaptureFixture[str], section: str) -> None:
+def _fails(case: Case, capsys: pytest.CaptureFixture[str], section: str, port: int | None = None) -> None:
     """Run the command and check the line that it prints, against the case and against the page."""
+    if case.needs is not None:
+        pytest.importorskip(case.needs)
     capsys.readouterr()
-    code = main(shlex.split(case.command))
+    address = PORT if port is None else f"127.0.0.1:{port}"
+    code = main(shlex.split(case.command.replace(PORT, address)))
     lines = capsys.readouterr().err.splitlines()
     assert code == 2, lines
     assert len(lines) == 1, lines
     assert lines[0].startswith("tether: error: ")
+    lines[0] = lines[0].replace(address, PORT)
     for words in case.says:
         assert words in lines[0]
     line = lines[0].replace(str(Path.cwd()), "/home/you")
+    line = re.sub(r"attempts in \d+\.\d s", "attempts in 0.3 s", line)
     line = re.sub(r"process \d+", "process 4242", line)
     line = re.sub(r"(for completion \d+ )\('.*?'\)", r"\1('…')", line)  # what was sampled
     if case.library is not None:
@@ -159,8 +243,11 @@ def _same_numbers(run: Path, straight: Path) -> None:
 
     assert numbers(run) == numbers(straight)
     assert count_episodes(run) == count_episodes(straight)
-    weights = next(straight.glob("checkpoints/iteration-000003/policy/*.safetensors")).relative_to(straight)
-    assert (run / weights).read_bytes() == (straight / weights).read_bytes()
+    assert _last_weights(run) == _last_weights(straight)
+
+
+def _last_weights(run: Path) -> bytes:
+    return next(run.glob("checkpoints/iteration-000003/policy/*.safetensors")).read_bytes()
 
 
 def _each(*sections: list[Case]) -> pytest.MarkDecorator:
@@ -170,7 +257,7 @@ def _each(*sections: list[Case]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("section", "case"), chosen, ids=ids)
 
 
-@_each(SETTINGS, MODELS, TOKENIZERS, PROMPTS, REWARDS, ENVIRONMENTS)
+@_each(SETTINGS, MODELS, TOKENIZERS, PROMPTS, PREFERENCES, REWARDS, TASKS, SERVICES, ENVIRONMENTS)
 def test_a_mistake_is_found_before_anything_is_computed(
     section: str, case: Case, work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,7 +274,28 @@ def test_nothing_is_lost_when_a_reward_fails(
 ) -> None:
     _spoil(case)
     _fails(case, capsys, section)
-    run = work / "run"
+    _kept_what_was_sampled(work / "run")
+    (work / "rewards.py").write_text(GOOD_REWARD)
+    assert main(shlex.split(RESUME)) == 0
+    _same_numbers(work / "run", straight)
+
+
+@_each(FAILING_SERVICES)
+def test_nothing_is_lost_when_a_service_fails(
+    section: str, case: Case, work: Path, straight: Path, service: Service, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _fails(case, capsys, section, service.server_port)
+    _kept_what_was_sampled(work / "run")
+    service.over.set()
+    service.good = 100
+    assert main(shlex.split(RESUME)) == 0
+    assert [row["iteration"] for row in read_metrics(work / "run")] == [1, 2, 3]
+    if "judge" not in case.command:  # the scorer gives what `rewards.py` gives
+        assert _last_weights(work / "run") == _last_weights(straight)
+
+
+def _kept_what_was_sampled(run: Path) -> None:
+    """Of a run whose third iteration could not be scored."""
     assert [row["iteration"] for row in read_metrics(run)] == [1, 2]
     assert count_episodes(run) == 8
     latest = latest_checkpoint(run)
@@ -197,9 +305,6 @@ def test_nothing_is_lost_when_a_reward_fails(
     assert [row["iteration"] for row in unscored] == [3] * 4
     assert {row["prompt"] for row in unscored} <= {"ab", "cd", "ef", "fa"}
     assert all(row["response"] for row in unscored)
-    (work / "rewards.py").write_text(GOOD_REWARD)
-    assert main(shlex.split(RESUME)) == 0
-    _same_numbers(run, straight)
 
 
 @_each(FAILING_ENVIRONMENTS)
@@ -285,10 +390,10 @@ def test_a_tokenizer_without_pad_pads_with_eos(work: Path, straight: Path) -> No
 
 def test_eval_keeps_the_responses_that_a_reward_could_not_score(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (work / "rewards.py").write_text(GOOD_REWARD.replace("calls += 1", "calls += 1; assert calls < 2, 'twice'"))
-    command = f"{EVAL} --sampling.batch-size 2 --responses responses.jsonl"
+    command = f"{EVAL} --sampling.batch-size 2 --responses kept.jsonl"
     assert main(shlex.split(command)) == 2
     assert "raised AssertionError: twice" in capsys.readouterr().err
-    rows = [json.loads(line) for line in Path("responses.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in Path("kept.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["prompt"] for row in rows] == ["ab", "cd", "ef", "fa"]
     assert [row["score"] is None for row in rows] == [False, False, True, True]
 
@@ -296,8 +401,9 @@ def test_eval_keeps_the_responses_that_a_reward_could_not_score(work: Path, caps
 def test_a_process_of_its_own_prints_one_line_and_exits_with_2(work: Path) -> None:
     (work / "rewards.py").write_text(FAILING_REWARDS[0].files["rewards.py"])  # type: ignore[arg-type]
     said = {
-        f"{PPO} --prompts.path p.jsonl": f"p.jsonl: no such file or folder (seen from {work})",
-        PPO: f"reward `rewards.py:score` raised ValueError: no such answer ({work}/rewards.py, line 8)",
+        f"{PPO} --output other --prompts.path p.jsonl": f"p.jsonl: no such file or folder (seen from {work})",
+        PPO: f"reward `rewards.py:score` raised ValueError: no such answer ({work}/rewards.py, line 8); "
+        "4 responses without a score: run/unscored.jsonl",
     }
     start = [sys.executable, "-m", "tether"]
     running = [  # side by side, as most of their time goes into imports

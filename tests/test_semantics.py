@@ -31,6 +31,7 @@ from tests.models import (
 )
 from tests.toy import TablePolicy, ToyPolicy, gradient, one_step, relative_error, trajectories
 from tether.language.policy import LanguagePolicy, TokenContext
+from tether.language.reference import ModelReference
 from tether.language.sampler import SamplingConfig
 from tether.language.world import CollectConfig, LanguageWorld
 from tether.ppo import AdvantageConfig, KLConfig, KLController, Learner, LearnerConfig, Trajectories
@@ -269,7 +270,7 @@ def test_point_3_eos_is_an_action_and_pad_never(pad: str) -> None:
         assert batch.mask[row].tolist() == [t < len(ids) for t in range(batch.mask.shape[1])]
         assert int(batch.context.lengths[row]) == len(prompt) + len(ids)
         logits, hidden = plain_forward(world.policy.model, prompt + response)
-        reference, _ = plain_forward(world.reference, prompt + response)
+        reference, _ = plain_forward(world.reference.model, prompt + response)
         before = torch.arange(len(ids)) + len(prompt) - 1
         chosen = torch.tensor(ids)[:, None]
         log_probs = logits[before].log_softmax(-1).gather(-1, chosen).squeeze(-1)
@@ -425,7 +426,7 @@ def test_point_5_reference_at_the_sampling_temperature(temperature: float) -> No
     batch = world.collect()
     for row in range(len(batch)):
         prompt, response = split(batch, row)
-        logits, _ = plain_forward(world.reference, prompt + response)
+        logits, _ = plain_forward(world.reference.model, prompt + response)
         before = torch.arange(len(response)) + len(prompt) - 1
         exact = (logits[before] / temperature).log_softmax(-1).gather(-1, torch.tensor(response)[:, None]).squeeze(-1)
         torch.testing.assert_close(batch.reference_log_probs[row, : len(response)], exact, atol=1e-5, rtol=1e-4)
@@ -504,6 +505,8 @@ def test_point_6_over_all_ranks(on_two_ranks: list[dict[str, Any]]) -> None:
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     assert abs(float(together.mean())) < 1e-6
     assert abs(float(on_two_ranks[0]["advantages"].mean())) > 1e-3
+    scaled = torch.cat([found["returns of whitened rewards"] for found in on_two_ranks])
+    torch.testing.assert_close(scaled, ranks.measure(ranks.whole_batch())["returns of whitened rewards"])
 
 
 def test_point_6_advantages_are_whitened_returns_never() -> None:
@@ -565,10 +568,12 @@ def test_point_7_dropout_is_off_after_train(separate: bool) -> None:
 
 def test_point_7_dropout_is_off_in_the_reference_and_stays_off_while_learning() -> None:
     world = make_world("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
-    noisy = copy.deepcopy(world.reference).train()
-    world = LanguageWorld(world.policy, noisy, world.sampler, world.prompts, world.rewards, world.kl, world.config)
-    assert not any(module.training for module in world.reference.modules())
-    assert not any(parameter.requires_grad for parameter in world.reference.parameters())
+    noisy = copy.deepcopy(world.reference.model).train()
+    LanguageWorld(
+        world.policy, ModelReference(noisy), world.sampler, world.prompts, world.rewards, world.kl, world.config
+    )
+    assert not any(module.training for module in noisy.modules())
+    assert not any(parameter.requires_grad for parameter in noisy.parameters())
     learner = Learner(world.policy, LearnerConfig(epochs=1, minibatches=1), iterations=2)
     for iteration in iterate(world, learner):
         assert abs(iteration.metrics["approx_kl"]) < 1e-6

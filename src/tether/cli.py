@@ -119,6 +119,7 @@ def _ppo(arguments: list[str]) -> int:
     config = load_config(PPOConfig, arguments, "tether ppo", description)
     columns = (
         "score",
+        *(("score_drawn", "filtered_share") if config.collect.filter_prompts else ()),
         "reward",
         "kl",
         "entropy",
@@ -130,6 +131,7 @@ def _ppo(arguments: list[str]) -> int:
     with Display(config.iterations, columns) as display:
         trained = train_ppo(config, resume=resume, report=lambda step: display.update(step.number, step.metrics))
     print(f"\nthe policy, a Hugging Face folder:  {trained.policy}")
+    print(f"how it went, as a page:            tether report {config.output}")
     if trained.learner.iteration < config.iterations:
         print(f"go on with it:                      tether ppo --resume {config.output}")
     return 0
@@ -203,6 +205,27 @@ def _evaluate(arguments: list[str]) -> int:
     return 0
 
 
+def _report(arguments: list[str]) -> int:
+    from tether.config import load_config
+    from tether.report import ReportConfig, report
+
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--run", *arguments]
+    description = "One self-contained HTML page about a run: tether report FOLDER. Works while the run goes on."
+    print(report(load_config(ReportConfig, arguments, "tether report", description)))
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    from tether.config import load_config
+    from tether.pipeline.export import ExportConfig, export
+
+    description = "A policy as one plain Hugging Face folder, with adapters merged into their base."
+    config = load_config(ExportConfig, arguments, "tether export", description)
+    print(f"the model, a Hugging Face folder:  {export(config)}")
+    return 0
+
+
 def _explain(arguments: list[str]) -> int:
     from tether.config import load_config
     from tether.pipeline.explain import ExplainConfig, explain
@@ -237,6 +260,8 @@ COMMANDS = {
     "score": _Command("scores of a reward model for the responses in a file", _score),
     "generate": _Command("responses of a policy to prompts", _generate),
     "eval": _Command("mean score and pass@k of a policy on prompts with a reward", _evaluate),
+    "report": _Command("a run as one page: was the reward followed or fooled?", _report),
+    "export": _Command("a policy as one plain folder, adapters merged", _export),
     "explain": _Command("one episode of each world in the same table", _explain),
     "prove": _Command("PPO in a world whose optimum is known: how near does it come?", _prove),
 }

@@ -11,3 +11,9 @@ class UserError(Exception):
 
 class RewardError(UserError):
     """A reward function raised, hung or returned something that is not one finite number per completion."""
+
+
+def reason(error: BaseException) -> str:
+    """An exception of a library in one line: its kind, and the first 300 characters of what it says."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

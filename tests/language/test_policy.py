@@ -18,8 +18,8 @@ from tether.language.policy import (
     decode_step,
     keep_likeliest,
     output_head,
-    reference_log_probs,
 )
+from tether.language.reference import reference_log_probs
 
 PROMPTS = [list(prompt.token_ids) for prompt in make_prompts(5)]
 RESPONSES = [[4, 5, 6, EOS], [7], [8, 9, 10, 11, 12, 13], [EOS], [14, 15, EOS]]

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tether.errors import RewardError, UserError
 from tether.language.policy import LanguagePolicy
+from tether.language.reference import ModelReference
 from tether.language.sampler import Sampler, SamplingConfig
 from tether.language.world import CollectConfig, LanguageWorld
 from tether.ppo import AdvantageConfig, KLConfig, KLController, Learner, LearnerConfig
@@ -85,6 +86,136 @@ def test_scores_are_scaled_then_clipped_then_penalised() -> None:
     assert world.metrics(batch)["score"] == pytest.approx(sum(kept.scores.total) / 12)  # as the reward gave it
 
 
+def test_the_overlong_penalty_is_that_of_dapo() -> None:
+    """Equation 13 with L_max = 8 and L_cache = 4: 0 up to 4 tokens, then a quarter for each, all of it at 8."""
+    config = CollectConfig(
+        prompts=6,
+        samples_per_prompt=40,
+        score_clip=1.0,
+        overlong_buffer=4,
+        overlong_penalty=2.0,
+        missing_eos_penalty=0.5,
+    )
+    world = make_world("gpt2", kl=KLConfig(beta=0.0), collect=config)
+    batch = world.collect()
+    kept = world._last_batch(batch)
+    lengths = [len(ids) for ids in kept.samples.response_ids]
+    assert set(range(4, 9)) <= set(lengths)
+    by_length = {**dict.fromkeys(range(5), 0.0), 5: 0.5, 6: 1.0, 7: 1.5, 8: 2.0}
+    expected = [
+        max(-1.0, min(1.0, score)) - by_length[length] - (0.0 if ended else 0.5)
+        for score, length, ended in zip(kept.scores.total, lengths, kept.samples.terminated.tolist(), strict=True)
+    ]
+    assert batch.rewards.sum(1).tolist() == pytest.approx(expected, abs=1e-6)
+    assert world.metrics(batch)["score"] == pytest.approx(sum(kept.scores.total) / len(batch))  # as the reward gave it
+
+
+def test_a_buffer_longer_than_the_limit_is_refused() -> None:
+    with pytest.raises(ValueError, match="overlong_buffer is 9, expected at most max_new_tokens, 8"):
+        make_world(collect=CollectConfig(overlong_buffer=9, overlong_penalty=1.0))
+
+
+def has_an_a(text: str) -> float:
+    return float("a" in text)
+
+
+FILTERED = CollectConfig(prompts=4, samples_per_prompt=2, filter_prompts=True)
+
+
+def test_filtering_goes_on_drawing_until_the_batch_has_signal_alone() -> None:
+    """As a plain twin does: the same draws by hand, with as many prompts each time as are missing."""
+    world = make_world(rewards=CountingRewards(has_an_a), collect=FILTERED)
+    twin = make_world(rewards=CountingRewards(has_an_a))
+    missing, drawn, chosen, rewards = 4, 0, [], []
+    draws, scores, lengths = 0, [], []
+    while missing:
+        twin.config = CollectConfig(prompts=missing, samples_per_prompt=2)
+        batch = twin.collect()
+        total = twin._last_batch(batch).scores.total
+        draws, drawn, scores = draws + 1, drawn + missing, scores + total
+        lengths += batch.mask.sum(1).tolist()
+        for row in range(0, len(batch), 2):
+            if total[row] != total[row + 1]:
+                chosen += twin._last_batch(batch).samples.response_ids[row : row + 2]
+                rewards += [batch.rewards[row + i][batch.mask[row + i]] for i in (0, 1)]
+                missing -= 1
+    assert draws > 2
+    batch = world.collect()
+    assert [batch.actions[row][batch.mask[row]].tolist() for row in range(8)] == chosen
+    for row in range(8):
+        torch.testing.assert_close(batch.rewards[row][batch.mask[row]], rewards[row], atol=1e-5, rtol=1e-5)
+    assert batch.groups is not None
+    assert batch.groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    metrics = world.metrics(batch)
+    assert metrics["filtered_share"] == pytest.approx(1 - 4 / drawn)
+    assert metrics["signal_share"] == 1.0
+    assert metrics["draws"] == draws
+    speed = sum(lengths) / metrics["time/sampling"]
+    assert metrics["time/tokens_per_second_sampled"] == pytest.approx(speed)  # what was left out took time, too
+    assert metrics["score"] == 0.5
+    assert metrics["score_drawn"] == pytest.approx(sum(scores) / len(scores))
+    assert torch.equal(world.generator.get_state(), twin.generator.get_state())
+    assert torch.equal(world.sampler.generator.get_state(), twin.sampler.generator.get_state())
+    episodes = world.episodes(batch, *estimate(batch, AdvantageConfig()))
+    assert [episode.action_ids for episode in episodes] == chosen  # what is stored is what is trained on
+    assert [episode.score for episode in episodes[::2]] == [1 - episode.score for episode in episodes[1::2]]
+
+
+def test_after_max_draws_prompts_without_signal_fill_the_batch() -> None:
+    rewards = CountingRewards(lambda text: 0.0)
+    world = make_world(rewards=rewards, collect=CollectConfig(4, 3, filter_prompts=True, max_draws=3))
+    batch = world.collect()
+    assert [len(call["completions"]) for call in rewards.calls] == [12, 12, 12]
+    assert world._last_batch(batch).samples.texts == rewards.calls[0]["completions"]  # the first that were drawn
+    metrics = world.metrics(batch)
+    assert (metrics["filtered_share"], metrics["signal_share"], metrics["draws"]) == (1.0, 0.0, 3.0)
+    assert len(batch) == 12
+
+
+def test_prompts_with_signal_come_before_those_that_fill() -> None:
+    config = CollectConfig(prompts=6, samples_per_prompt=2, filter_prompts=True, max_draws=1)
+    world = make_world(rewards=CountingRewards(has_an_a), collect=config)
+    total = world._last_batch(world.collect()).scores.total
+    alike = [total[row] == total[row + 1] for row in range(0, 12, 2)]
+    assert 0 < sum(alike) < 6
+    assert alike == sorted(alike)
+
+
+@pytest.mark.parametrize("batch_size", [3, 256])
+def test_a_filtered_batch_keeps_what_the_sampler_knew_of_each_token(batch_size: int) -> None:
+    """Log-probabilities, values and the support of top-p stay with their tokens: all ratios are 1."""
+    sampling = SamplingConfig(max_new_tokens=8, temperature=0.8, top_p=0.7, batch_size=batch_size)
+    world = make_world("llama", sampling, collect=FILTERED, rewards=CountingRewards(has_an_a))
+    batch = world.collect()
+    assert world.metrics(batch)["draws"] > 1
+    with torch.no_grad():
+        now = world.policy.evaluate(batch.context, batch.actions, batch.mask)
+    torch.testing.assert_close(now.log_probs, batch.log_probs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(now.values, batch.values, atol=1e-5, rtol=1e-4)
+    assert bool(batch.mask[:, -1].any())  # as wide as the longest and no wider
+
+
+def test_without_filtering_nothing_is_said_of_it() -> None:
+    world = make_world()
+    assert not {"filtered_share", "signal_share", "draws", "score_drawn"} & world.metrics(world.collect()).keys()
+
+
+def test_a_reward_that_fails_in_a_later_draw_loses_nothing() -> None:
+    class SecondFails(CountingRewards):
+        def __call__(self, prompts: list, completions: list, completion_ids: list, columns: dict) -> Scores:
+            if self.calls:
+                raise RewardError("reward: said no")
+            return super().__call__(prompts, completions, completion_ids, columns)
+
+    rewards = SecondFails(lambda text: 0.25)
+    world = make_world(rewards=rewards, collect=FILTERED)
+    with pytest.raises(RewardError) as raised:
+        world.collect()
+    responses = raised.value.responses  # type: ignore[attr-defined]
+    assert [r["response"] for r in responses[:8]] == rewards.calls[0]["completions"]
+    assert [r.get("score") for r in responses] == [0.25] * 8 + [None] * 8
+
+
 def test_metrics() -> None:
     world = make_world()
     batch = world.collect()
@@ -150,9 +281,10 @@ def test_a_failing_reward_carries_the_responses_that_were_sampled() -> None:
     assert set(responses[0]) == {"prompt", "response"}
 
 
-def test_state_goes_round() -> None:
-    first, second = make_world(), make_world(seed=0)
-    first.config = second.config = CollectConfig(prompts=4)
+@pytest.mark.parametrize("config", [CollectConfig(prompts=4), FILTERED], ids=["plain", "filtered"])
+def test_state_goes_round(config: CollectConfig) -> None:
+    first, second = make_world(rewards=CountingRewards(has_an_a)), make_world(rewards=CountingRewards(has_an_a))
+    first.config = second.config = config
     first.collect()
     state = copy.deepcopy(first.state_dict())
     expected = [first.collect() for _ in range(3)]
@@ -197,7 +329,7 @@ def build(**changes: Any) -> LanguageWorld:
     reference = make_model()
     policy = LanguagePolicy(copy.deepcopy(reference))
     sampler = Sampler(policy, make_tokenizer(), changes.pop("sampling", SamplingConfig(max_new_tokens=4)))
-    parts: dict[str, Any] = {"prompts": make_prompts(3), "reference": reference} | changes
+    parts: dict[str, Any] = {"prompts": make_prompts(3), "reference": ModelReference(reference)} | changes
     return LanguageWorld(
         policy,
         parts["reference"],
@@ -215,10 +347,31 @@ def test_what_cannot_work_is_refused() -> None:
         build(sampling=SamplingConfig(temperature=0.0))
 
 
-@pytest.mark.parametrize(("field", "value"), [("prompts", 0), ("samples_per_prompt", 0), ("score_clip", 0.0)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompts", 0),
+        ("samples_per_prompt", 0),
+        ("score_clip", 0.0),
+        ("max_draws", 0),
+        ("overlong_buffer", -1),
+        ("overlong_penalty", float("inf")),
+    ],
+)
 def test_bad_numbers_are_refused(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{field} is"):
         CollectConfig(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("half", [{"overlong_buffer": 3}, {"overlong_penalty": 1.0}])
+def test_half_an_overlong_penalty_is_refused(half: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"overlong_buffer is .* and overlong_penalty .*: expected both or neither"):
+        CollectConfig(**half)
+
+
+def test_filtering_needs_something_to_compare() -> None:
+    with pytest.raises(ValueError, match="samples_per_prompt is 1, expected at least 2"):
+        CollectConfig(filter_prompts=True)
 
 
 @pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo"])

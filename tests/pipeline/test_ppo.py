@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from tether.errors import RewardError, UserError
 from tether.language.prompts import PromptsConfig
+from tether.language.reference import ReferenceConfig
 from tether.language.sampler import SamplingConfig
 from tether.language.world import CollectConfig
 from tether.pipeline.ppo import Parts, PPOConfig, Trained, build_ppo, train_ppo
@@ -63,7 +64,7 @@ def test_one_call_trains_the_model_in_memory_and_leaves_a_folder(tmp_path: Path)
     assert [step.number for step in seen] == [1, 2, 3]
     assert trained.world.policy.model is given.model
     assert not same_weights(trained.world.policy.model, start)
-    assert same_weights(trained.world.reference, start)
+    assert same_weights(trained.world.reference.model, start)
     assert trained.policy == tmp_path / "run" / "checkpoints" / "iteration-000003" / "policy"
     assert same_weights(AutoModelForCausalLM.from_pretrained(trained.policy), trained.world.policy.model)
     lines = read_metrics(trained.folder)
@@ -212,8 +213,8 @@ def test_resuming_with_another_reference_is_refused(tmp_path: Path) -> None:
 
 def test_the_kl_is_measured_against_another_model_where_one_is_named(tmp_path: Path) -> None:
     make_model(seed=7).save_pretrained(tmp_path / "reference")
-    world, learner = build_ppo(settings(tmp_path, reference=str(tmp_path / "reference")), parts())
-    assert same_weights(world.reference, make_model(seed=7))
+    world, learner = build_ppo(settings(tmp_path, reference=ReferenceConfig(str(tmp_path / "reference"))), parts())
+    assert same_weights(world.reference.model, make_model(seed=7))
     first = next(iterate(world, learner))
     assert first.metrics["kl"] > 0.1
     own, learner = build_ppo(settings(tmp_path), parts())

@@ -1,4 +1,4 @@
-"""`tether prove`: its numbers are those of the enumerable world, its exit code says whether the share was reached."""
+"""`tether prove`: its numbers are those of the enumerable world, its exit code says whether they suffice."""
 
 from __future__ import annotations
 
@@ -37,8 +37,16 @@ def test_a_share_that_is_not_reached_is_exit_code_1(capsys: pytest.CaptureFixtur
 
 
 def test_a_share_that_is_reached_is_exit_code_0(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["prove", *SHORT, "--share", "-10"]) == 0
+    assert main(["prove", *SHORT, "--share", "-10", "--critic-error", "10"]) == 0
     assert "proved: at least" in capsys.readouterr().out
+
+
+def test_a_critic_that_errs_more_than_it_may_is_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prove", *SHORT, "--share", "-10", "--critic-error", "0.01"]) == 1
+    said = capsys.readouterr().out
+    assert "not reached" in said
+    assert "and the critic's error to be at most 0.01" in said
+    assert number(said, "critic's mean absolute error, prefixes as often") > 0.01
 
 
 @pytest.fixture
@@ -88,7 +96,7 @@ def test_the_printed_numbers_are_those_of_the_enumerable_world(
     objective = reference_objective = best = kl = kl_to_best = 0.0
     for prompt in range(len(LETTERS)):
         policy = sequence_log_probs(world.policy.model, prompt, responses)
-        start = sequence_log_probs(world.reference, prompt, responses)
+        start = sequence_log_probs(world.reference.model, prompt, responses)
         scores = torch.tensor([reward(prompt, r) for r in responses], dtype=torch.float64)
         assert float(policy.exp().sum()) == pytest.approx(1.0, abs=1e-4)
         normaliser = torch.logsumexp(start + scores / BETA, dim=0)
@@ -136,7 +144,12 @@ def test_the_seed_decides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"), [(["--beta", "0"], "beta is 0.0"), (["--iterations", "0"], "at least 1")]
+    ("flags", "message"),
+    [
+        (["--beta", "0"], "beta is 0.0"),
+        (["--iterations", "0"], "at least 1"),
+        (["--critic-error", "-1"], "critic_error is -1.0"),
+    ],
 )
 def test_wrong_input_is_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prove", *flags]) == 2

@@ -19,29 +19,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from tether.cli import main
 from tether.errors import RewardError, UserError
 from tether.language.preferences import Preference, PreferencesConfig
-from tether.pipeline.reward_model import (
-    RewardModelConfig,
-    RewardTraining,
-    accumulate_gradients,
-    calibration,
-    evaluate_scores,
-    preference_loss,
-    split_by_prompt,
-    tokenize_pairs,
-    train_reward_model,
-    wilson,
-)
+from tether.pipeline.agreement import calibration, evaluate_scores, wilson
+from tether.pipeline.comparisons import accumulate_gradients, preference_loss, tokenize_pairs
+from tether.pipeline.reward_model import RewardModelConfig, RewardTraining, split_by_prompt, train_reward_model
 from tether.rewards import Rewards, RewardsConfig, check_reward
-from tether.rewards.models import (
-    NORMALISATION_FILE,
-    Normalisation,
-    RewardModel,
-    encode,
-    load_classifier,
-    passes,
-    score_all,
-    score_tokens,
-)
+from tether.rewards.classifiers import load_classifier
+from tether.rewards.models import RewardModel
+from tether.rewards.normalisation import NORMALISATION_FILE, Normalisation
+from tether.rewards.passes import encode, passes, score_all, score_tokens
 from tether.runs import read_config, read_metrics
 
 CHAT = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}<end>{% endfor %}"
@@ -164,8 +149,7 @@ def test_the_gradient_does_not_depend_on_the_cut(world: Path) -> None:
     order = [5, 2, 0, 8, 1, 7, 3, 4, 6]
     found = []
     for most in (1, 60, 100_000):
-        config = RewardModelConfig(microbatch_tokens=most, centring=0.01)
-        loss, scores = accumulate_gradients(model, pairs, order, config)
+        loss, scores = accumulate_gradients(model, pairs, order, most, centring=0.01)
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         found.append((loss, scores, gradient))
     whole = found[-1]
@@ -180,7 +164,7 @@ def test_the_gradient_is_that_of_the_plain_loss(world: Path) -> None:
     model, tokenizer = load_classifier(str(world / "lm"), new_head_seed=3)
     pairs = make_pairs()
     tokenized = tokenize_pairs(pairs, tokenizer, 60)
-    accumulate_gradients(model, tokenized, list(range(9)), RewardModelConfig(centring=0.01))
+    accumulate_gradients(model, tokenized, list(range(9)), 8192, centring=0.01)
     found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     model.zero_grad()
     losses: list[Tensor] = []

@@ -324,7 +324,13 @@ def test_a_training_that_diverges_says_so_and_keeps_finite_parameters() -> None:
 
 def test_every_field_survives_yaml_and_bad_values_are_named() -> None:
     assert config_from_dict(SFTConfig, config_to_dict(QUICK), "x.yaml") == QUICK
-    for field, value in [("epochs", 0), ("learning_rate", -1.0), ("eval_fraction", 1.0), ("adam_epsilon", 0.0)]:
+    for field, value in [
+        ("epochs", 0),
+        ("learning_rate", -1.0),
+        ("eval_fraction", 1.0),
+        ("adam_epsilon", 0.0),
+        ("batch_tokens", 0),
+    ]:
         with pytest.raises(UserError, match=field):
             config_from_dict(SFTConfig, {field: value}, "x.yaml")
 

@@ -12,6 +12,7 @@ import torch
 from tests.toy import TablePolicy, ToyPolicy, one_step, trajectories
 
 from tether.ppo import AdvantageConfig, KLConfig, KLController, Learner, LearnerConfig
+from tether.ppo.advantages import rewards_to_go
 from tether.ppo.learner import explained_variance, schedule_factor
 
 
@@ -170,6 +171,35 @@ def test_with_a_group_baseline_the_critic_is_not_trained(estimator: Any) -> None
     assert not torch.equal(policy.actor.weight, fresh.actor.weight)
     assert "value_loss" not in metrics
     assert "explained_variance" not in metrics
+
+
+def test_value_pretraining_fits_the_observed_returns_while_policy_and_beta_stand_still() -> None:
+    """VC-PPO's: with λ = 1 the critic's targets do not move with it, and its loss falls to that of least squares."""
+    policy = ToyPolicy()
+    batch = trajectories(policy, episodes=12)
+    kl = KLController(KLConfig(beta=0.1, target=0.01, horizon=20))
+    config = LearnerConfig(learning_rate=5e-2, epochs=20, minibatches=1, value_warmup_iterations=20)
+    learner = Learner(policy, config, AdvantageConfig(lam=0.9, value_lam=1.0), kl, iterations=21)
+    frozen = [p.detach().clone() for p in policy.policy_parameters()]
+    targets = rewards_to_go(batch, 1.0)
+    for _ in range(20):
+        values = policy.evaluate(batch.context, batch.actions, batch.mask).values.detach()
+        batch = replace(batch, values=values)
+        advantages, returns = learner.credit(batch)
+        torch.testing.assert_close(returns, targets)
+        metrics = learner.update(batch, advantages, returns)
+        assert all(torch.equal(p, q) for p, q in zip(policy.policy_parameters(), frozen, strict=True))
+        assert kl.beta == 0.1
+    features = policy.trunk(batch.context.observations).tanh()[batch.mask].detach()
+    features = torch.cat([features, torch.ones(len(features), 1)], dim=1)
+    best = torch.linalg.lstsq(features, targets[batch.mask][:, None]).solution
+    floor = float((features @ best - targets[batch.mask][:, None]).square().mean()) / 2
+    assert metrics["value_loss"] == pytest.approx(floor, rel=1e-3)
+    spread = float(targets[batch.mask].var(correction=0))
+    assert metrics["explained_variance"] == pytest.approx(1 - 2 * floor / spread, abs=1e-3)
+    learner.update(batch, *learner.credit(batch))
+    assert kl.beta != 0.1
+    assert not any(torch.equal(p, q) for p, q in zip(policy.policy_parameters(), frozen, strict=True))
 
 
 def test_frozen_parameters_stay() -> None:

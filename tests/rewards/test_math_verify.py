@@ -139,29 +139,17 @@ def test_without_the_library_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch)
 # ---- length and format ----------------------------------------------------------------------------------------------
 
 
-def test_the_overlong_penalty_is_that_of_dapo() -> None:
-    """Equation 13 with L_max = 10, L_cache = 4: 0 up to 6, then (6 − |y|)/4 up to 10, then −1."""
-    ids = [[0] * length for length in (0, 6, 7, 8, 9, 10, 11, 30)]
-    assert Length(max_tokens=10, buffer=4)(completion_ids=ids) == [0, 0, -0.25, -0.5, -0.75, -1, -1, -1]
-    assert Length(max_tokens=10, buffer=4, penalty=2)(completion_ids=ids)[3] == -1
-    assert Length(max_tokens=10)(completion_ids=[[0] * 10, [0] * 11]) == [0, -1]
-    assert Length(per_token=-0.5, max_tokens=2)(completion_ids=[[1], [1, 2, 3]]) == [-0.5, -2.5]
-
-
 def test_length_is_a_reward_by_name() -> None:
-    assert load_reward("length?max_tokens=512&buffer=128").call == Length(max_tokens=512, buffer=128)
-    Rewards(RewardsConfig(("length?max_tokens=4",))).check({}, ["p", "q"])
-    assert check_reward("length?max_tokens=2", ["p"] * 2, ["a", "b"], completion_ids=[[1], [1, 2, 3]]) == [0, -1]
+    assert load_reward("length?per_token=-0.5").call == Length(per_token=-0.5)
+    Rewards(RewardsConfig(("length?per_token=1",))).check({}, ["p", "q"])
+    assert check_reward("length?per_token=-0.5", ["p"] * 2, ["a", "b"], completion_ids=[[1], [1, 2, 3]]) == [-0.5, -1.5]
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
         ("length", "rewards nothing"),
-        ("length?buffer=3&per_token=1", "give `max_tokens` too"),
-        ("length?max_tokens=3&buffer=4", "a buffer from 0 to max_tokens"),
-        ("length?max_tokens=0", "at least 1"),
-        ("length?max_tokens=1.5", "'1.5'; expected a whole number"),
+        ("length?per_token=short", "'short'; expected a finite number"),
         ("format?tags=think,think", "expected different names"),
         ("format?tags=<a>", "expected different names"),
     ],

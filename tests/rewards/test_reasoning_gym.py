@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,10 @@ import pytest
 from tests.models import make_model, make_tokenizer
 
 from tether.cli import main
-from tether.errors import UserError
+from tether.errors import RewardError, UserError
 from tether.rewards import Rewards, RewardsConfig
+from tether.rewards.scoring import scoring_process
+from tether.rewards.scoring_main import stand_in_for_pycosat
 from tether.rewards.tasks import ProblemsConfig, Task, stated_answer
 from tether.runs import read_metrics
 
@@ -84,8 +89,31 @@ def test_code_in_an_answer_is_not_run(name: str, tmp_path: Path) -> None:
         assert task([task.rows[0]["answer"]], [0]) == [1.0]  # what is only arithmetic is still evaluated
 
 
+def test_another_solver_stands_in_for_the_one_without_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pysat.solvers")
+    monkeypatch.setitem(sys.modules, "pycosat", None)  # as where it is not installed
+    stand_in_for_pycosat()
+    clauses = [(1, 2), (-1, -2), (2, 3), (-3, 4, -1)]
+
+    def satisfied(model: tuple[int, ...]) -> bool:
+        return all(any(literal in model for literal in clause) for clause in clauses)
+
+    expected = {model for model in product(*((-n, n) for n in range(1, 5))) if satisfied(model)}
+    found = [tuple(model) for model in import_module("pycosat").itersolve(clauses)]
+    assert len(found) == len(expected) > 1
+    assert set(found) == expected
+    assert list(import_module("pycosat").itersolve([(1,), (-1,)])) == []
+
+
+def test_the_task_that_needs_a_solver_has_problems() -> None:
+    task = Task("reasoning_gym:zebra_puzzles", ProblemsConfig(size=2, options={"num_people": 3}))
+    assert task([row["answer"] for row in task.rows], [0, 1]) == [1.0, 1.0]
+
+
 UNGUARDED = """
 import json
+from tether.rewards.scoring_main import stand_in_for_pycosat
+stand_in_for_pycosat()
 from reasoning_gym import create_dataset
 from reasoning_gym.factory import DATASETS
 scores = {}
@@ -132,6 +160,27 @@ def test_what_is_no_task_is_one_line(name: str, options: dict[str, Any], message
     assert "\n" not in str(caught.value)
 
 
+def test_an_answer_that_takes_too_long_is_0_and_counted(
+    chain_sum: Task, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = [row["answer"] for row in chain_sum.rows[:3]]
+    assert chain_sum(answers, [0, 1, 2]) == [1.0] * 3
+    process = scoring_process("gym")._process
+    assert process is not None
+    with monkeypatch.context() as patch:
+        patch.setattr("tether.rewards.tasks.SCORING", 0.2)
+        os.kill(process.pid, signal.SIGSTOP)
+        assert chain_sum(answers[:1], [0]) == [0.0]
+    assert "1 of 1 answers took too long to score and get 0" in caplog.text
+    assert chain_sum(answers, [0, 1, 2]) == [1.0] * 3  # by another process, which makes the problems again
+
+
+def test_a_problem_that_cannot_be_made_again_is_one_line(chain_sum: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chain_sum, "_of", {**chain_sum._of, "options": {"terms": 3}})
+    with pytest.raises(RewardError, match=r"task `reasoning_gym:chain_sum`: problem 4 cannot be scored: TypeError"):
+        chain_sum(["1"], [4])
+
+
 @pytest.mark.parametrize(
     "settings", [{"size": 0}, {"seed": -1}, {"seed": 4001}, {"options": {"seed": 3}}, {"options": {"size": 3}}]
 )
@@ -170,10 +219,21 @@ def test_ten_tasks_run_as_problems_and_verifier_by_flag(name: str, model: str, t
     assert 0 <= measured["score"]["mean"] <= 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TEN)
+def test_ten_tasks_train_by_flag(name: str, model: str, tmp_path: Path) -> None:
+    flags = ["--task", f"reasoning_gym:{name}", "--problems.size", "4", "--sampling.max-new-tokens", "3"]
+    run = ["--iterations", "1", "--collect.prompts", "4", "--learner.minibatches", "1", "--learner.epochs", "1"]
+    assert main(["ppo", "--model", model, *flags, *run, "--output", str(tmp_path / "run")]) == 0
+    policy = tmp_path / "run" / "checkpoints" / "iteration-000001" / "policy"
+    assert main(["eval", "--model", str(policy), *flags, "--problems.seed", "1"]) == 0
+    assert read_metrics(tmp_path / "run")[0]["score"] >= 0
+
+
 def test_ppo_on_a_task_with_its_configuration(model: str, tmp_path: Path) -> None:
     flags = ["--model", model, "--task", "reasoning_gym:letter_counting", "--problems.size", "6"]
     flags += ["--problems.options", "{min_words: 2, max_words: 3}", "--sampling.max-new-tokens", "3"]
-    flags += ["--reward.functions", "length?max_tokens=8", "--iterations", "1", "--output", str(tmp_path / "run")]
+    flags += ["--reward.functions", "length?per_token=-0.01", "--iterations", "1", "--output", str(tmp_path / "run")]
     flags += ["--collect.prompts", "4", "--learner.minibatches", "1", "--learner.epochs", "1"]
     assert main(["ppo", *flags]) == 0
     metrics = read_metrics(tmp_path / "run")[0]

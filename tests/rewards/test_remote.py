@@ -17,6 +17,7 @@ from tests.models import make_model, make_prompts, make_tokenizer, make_world
 from tether.errors import RewardError, UserError
 from tether.language.sampler import SamplingConfig
 from tether.language.world import CollectConfig
+from tether.pipeline.frontier import FrontierConfig
 from tether.pipeline.ppo import Parts, PPOConfig, train_ppo
 from tether.ppo import LearnerConfig
 from tether.rewards import Rewards, RewardsConfig, check_reward
@@ -133,6 +134,24 @@ def test_chats_go_out_as_messages_and_a_token_in_the_header(scorer: Scorer, monk
         load_reward(spec)
 
 
+@pytest.mark.parametrize("token", ["two\nlines", "gehe\u00efm"])
+def test_a_token_that_no_header_can_hold_is_named_and_not_shown(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCORER_TOKEN", token)
+    with pytest.raises(UserError, match="SCORER_TOKEN holds more than a token") as caught:
+        load_reward("http://host/x#token_env=SCORER_TOKEN")
+    assert token[:4] not in str(caught.value)
+
+
+def test_a_judge_needs_no_key_unless_one_is_named(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    scorer.answer = lambda number, body: (200, judged("5"))
+    assert check_reward(judge(scorer), ["p"], ["a"]) == [0.5]
+    assert "Authorization" not in scorer.headers[0]
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    with pytest.raises(UserError, match="JUDGE_KEY is not set"):
+        load_reward(judge(scorer, "&token_env=JUDGE_KEY"))
+
+
 # ---- servers that fail -----------------------------------------------------------------------------------------------
 
 HALF: Answer = (200, {"scores": [1.0, 2.0]})
@@ -147,6 +166,7 @@ FAILURES: dict[str, tuple[Answer, str]] = {
     "true": ((200, [1, 2, True, 4, 5]), "answered True for completion 2"),
     "nan": ((200, b"[1, NaN, 3, 4, 5]"), "answered nan for completion 1"),
     "infinite": ((200, b"[1, 1e999, 3, 4, 5]"), "answered inf for completion 1"),
+    "beyond all bounds": ((200, [1, 10**400, 3, 4, 5]), "answered 10+ for completion 1"),
 }
 
 
@@ -223,9 +243,10 @@ class Impatient(threading.Event):
         return False
 
 
-def test_the_waits_double_with_a_random_part(scorer: Scorer) -> None:
+def test_the_waits_double_with_a_random_part(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
     scorer.answer = lambda number, body: (500, b"")
-    service = Service(scorer.url, retries=4, backoff=1.0, longest_wait=5.0)
+    monkeypatch.setattr("tether.rewards.client.LONGEST_WAIT", 5.0)
+    service = Service(url=scorer.url, retries=4, backoff=1.0)
     stop, other = Impatient(), Impatient()
     for seed, event in enumerate((stop, other)):
         with pytest.raises(AnswerError, match="500"):
@@ -247,17 +268,19 @@ def test_a_failing_scorer_in_training_loses_nothing(scorer: Scorer, tmp_path: Pa
             sampling=SamplingConfig(max_new_tokens=4),
             collect=CollectConfig(prompts=4),
             learner=LearnerConfig(minibatches=1, epochs=1),
+            frontier=FrontierConfig(samples=0),
         )
 
     def parts() -> Parts:
         return Parts(make_model(), make_tokenizer(), [{"prompt": text} for text in ("ab", "cd", "ef", "fa")])
 
     scorer.answer = lambda number, body: (200, lengths(body)) if number == 1 else (500, b"broken")
-    with pytest.raises(RewardError, match=r"answered 500 .*broken.*2 attempts"):
+    with pytest.raises(RewardError, match=r"answered 500 .*broken.*2 attempts") as caught:
         train_ppo(config(scorer.url), parts())
     unscored = [json.loads(line) for line in (tmp_path / "run" / "unscored.jsonl").read_text().splitlines()]
     assert [row["response"] for row in unscored] == scorer.requests[1]["completions"]
     assert {row["iteration"] for row in unscored} == {2}
+    assert str(caught.value).endswith(f"; 4 responses without a score: {tmp_path / 'run' / 'unscored.jsonl'}")
 
     scorer.answer = lambda number, body: (200, lengths(body))
     trained = train_ppo(config(scorer.url), parts(), resume=True)
@@ -327,6 +350,17 @@ def test_a_judge_without_a_rating_is_asked_again_then_named_or_given_the_missing
         check_reward(judge(scorer, "&missing=0.5"), ["p"], ["a"])
 
 
+@pytest.mark.parametrize("name", ["500", "503", "garbage", "empty"])
+def test_a_judge_that_fails_is_survived_or_one_line(name: str, scorer: Scorer) -> None:
+    answer, message = FAILURES[name]
+    scorer.answer = lambda number, body: answer if number <= 2 else (200, judged("Score: 5"))
+    assert check_reward(judge(scorer, "&concurrency=1"), ["p"] * 2, ["a", "b"]) == [0.5, 0.5]
+    scorer.answer = lambda number, body: answer
+    with pytest.raises(RewardError, match=f"reward `judge`.*{message}") as caught:
+        check_reward(judge(scorer), ["p"], ["a"])
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "rating"),
     [
@@ -350,14 +384,16 @@ def test_ratings_are_read(text: str, rating: float | None) -> None:
     ("spec", "message"),
     [
         ("http://", "is no address"),
+        ("http://höst/x", "is no address"),
         ("http://host:port/x", "no address"),
-        ("http://name:word@host/x", "holds a password"),
+        ("http://name:s3cret@host/x", "holds a password"),
+        ("judge?model=m&url=http://name:s3cret@host/x", "holds a password"),
         ("http://host/x#batch=0", "`batch` is 0"),
         ("http://host/x#concurrency=0", "`concurrency` is 0"),
         ("http://host/x#timeout=0", "`timeout` is 0"),
         ("http://host/x#retries=-1", "`retries` is -1"),
         ("http://host/x#retries=1.5", "expected a whole number"),
-        ("http://host/x#url=http://other", "no option `url`; it has: batch, concurrency"),
+        ("http://host/x#url=http://other", "no option `url`; it has: concurrency, timeout, .*batch"),
         ("judge?model=m", "needs the option `url`"),
         ("judge?url=http://host", "needs the option `model`"),
         ("judge?model=m&url=host", "is no address"),
@@ -369,6 +405,7 @@ def test_settings_that_cannot_be_meant_are_one_line(spec: str, message: str) -> 
     with pytest.raises(UserError, match=message) as caught:
         load_reward(spec)
     assert "\n" not in str(caught.value)
+    assert "s3cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -378,10 +415,10 @@ def test_settings_that_cannot_be_meant_are_one_line(spec: str, message: str) -> 
 def test_rubrics_that_cannot_be_filled(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "rubric.txt").write_text(text)
     with pytest.raises(UserError, match=message):
-        Judge("m", "http://host", rubric=str(tmp_path / "rubric.txt"))
+        Judge(model="m", url="http://host", rubric=str(tmp_path / "rubric.txt"))
 
 
 def test_a_remote_scorer_is_a_reward_with_its_address_for_a_label() -> None:
     function = load_reward("https://host:8443/a?model=7#batch=3")
     assert (function.label, function.name) == ("https://host:8443/a?model=7", "remote")
-    assert function.call == Remote("https://host:8443/a?model=7", batch=3)
+    assert function.call == Remote(url="https://host:8443/a?model=7", batch=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -116,8 +117,25 @@ def test_check_finds_a_missing_column_and_every_unreadable_answer() -> None:
     rewards.check({"gold": [1, 2]}, ["a", "b"])
     with pytest.raises(UserError, match="of example 1 is 'two'"):
         rewards.check({"gold": [1, "two"]}, ["a", "b"])
-    with pytest.raises(UserError, match="'Who\\?' holds no expression"):
+    with pytest.raises(UserError, match="'Who\\?' of example 1 holds no expression"):
         Rewards(RewardsConfig(("arithmetic",))).check({}, ["1+1", "Who?"])
+
+
+@pytest.mark.parametrize(
+    ("function", "answers", "prompts", "message"),
+    [
+        ("numeric", [1, "two"], ["a", "b"], "sums.jsonl, row 7: numeric: column `answer` is 'two'; expected a number"),
+        ("exact_match", ["a", None], ["a", "b"], "sums.jsonl, row 7: exact_match: column `answer` is null; expected"),
+        ("arithmetic", [1, 2], ["1+1", "Who?"], "sums.jsonl, row 7: arithmetic: the prompt 'Who?' holds no expression"),
+        ("arithmetic", [1, 2], ["1+1", "1/0"], "sums.jsonl, row 7: arithmetic: the prompt '1/0' divides by zero"),
+    ],
+)
+def test_check_says_where_an_unreadable_example_stands(
+    function: str, answers: list[Any], prompts: list[str], message: str
+) -> None:
+    places = ["sums.jsonl, row 3", "sums.jsonl, row 7"]
+    with pytest.raises(UserError, match="^" + re.escape(message)):
+        Rewards(RewardsConfig((function,))).check({"answer": answers}, prompts, places)
 
 
 def test_built_ins_run_like_any_reward() -> None:

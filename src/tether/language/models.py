@@ -6,20 +6,32 @@ Weights are read from safetensors only; code that comes with a model is never ru
 from __future__ import annotations
 
 import hashlib
-import json
+import importlib.util
 import logging
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from tether.errors import UserError
+from tether.devices import check_device
+from tether.errors import UserError, reason
+from tether.language.adapters import LoRAConfig, base_of, give_adapters, has_adapters, merge_adapters, read_adapters
+from tether.pretrained import DTYPES, check_dtype, check_finite, check_folder, check_tokenizer, check_weight_files
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER_FILE = "tokenizer_config.json"
+Quantization = Literal["none", "4bit", "8bit"]
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -30,16 +42,15 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     Raises:
         UserError: there is no such folder, no tokenizer in it, or it has no eos token.
     """
-    _check_folder(path)
-    _check_config(path, trust_remote_code)
+    whole = base_of(path) or path
+    check_folder(whole)
+    _check_config(whole, trust_remote_code)
+    source = path if whole == path or Path(path, TOKENIZER_FILE).is_file() else whole
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever its parsers raise
-        raise UserError(
-            f"{path}: no tokenizer could be loaded ({_one_line(error)}); save one beside the model"
-        ) from error
-    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):  # what transformers makes of no file at all
-        raise UserError(f"{path}: the folder has no tokenizer; save one beside the model")
+        raise UserError(f"{path}: no tokenizer could be loaded ({reason(error)}); save one beside the model") from error
+    check_tokenizer(tokenizer, path)
     return prepare_tokenizer(tokenizer, path)
 
 
@@ -57,19 +68,32 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str = "tokenizer
 
 
 def load_causal_lm(
-    path: str, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
+    path: str,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    quantization: Quantization = "none",
 ) -> PreTrainedModel:
     """A causal LM in evaluation mode (dropout off), every parameter in memory of its own.
+
+    Of a folder of adapters, it is their base model with them merged into it.
 
     Raises:
         UserError: no such folder, an unreadable configuration, missing or broken weights, an unknown device.
     """
-    _check_folder(path)
+    base = base_of(path)
+    if base is not None:
+        try:
+            model = load_causal_lm(base, dtype, device, trust_remote_code, quantization)
+        except UserError as error:
+            raise UserError(f"{path}: adapters, whose base model cannot be loaded: {error}") from error
+        return merge_adapters(read_adapters(model, path))
+    check_folder(path)
     _check_config(path, trust_remote_code)
-    _check_weight_files(path)
-    _check_device(device)
-    if dtype not in DTYPES:
-        raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    check_weight_files(path)
+    check_device(device)
+    check_dtype(dtype)
+    quantized = _quantized(quantization, dtype, device)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             path,
@@ -78,9 +102,10 @@ def load_causal_lm(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below, by name
             trust_remote_code=trust_remote_code,
+            **quantized,
         )
     except Exception as error:  # transformers and safetensors raise whatever their parsers raise
-        raise UserError(f"{path}: no causal language model could be loaded ({_one_line(error)})") from error
+        raise UserError(f"{path}: no causal language model could be loaded ({reason(error)})") from error
     missing = sorted(loading["missing_keys"])
     mismatched = sorted(loading["mismatched_keys"])  # (name, shape in the file, shape of the configuration)
     if missing or mismatched:
@@ -92,10 +117,38 @@ def load_causal_lm(
         raise UserError(
             f"{path}: the weights do not fit config.json: {', '.join(found)}; save the model again with save_pretrained"
         )
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise UserError(f"{path}: the weights hold NaN or infinity: {name}, read as {dtype}; train the model again")
-    return prepare_model(model, device)
+    check_finite(model, path, dtype)
+    if has_adapters(model):  # they lay beside the whole model
+        merge_adapters(model)
+    return model.eval() if quantization != "none" else prepare_model(model, device)
+
+
+def load_trainable(
+    path: str,
+    lora: LoRAConfig,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    quantization: Quantization = "none",
+) -> PreTrainedModel:
+    """`load_causal_lm`, all of which is trained; where `lora` has a rank, adapters alone.
+
+    Those of a folder of adapters are trained on then, instead of being merged; otherwise they are new.
+
+    Raises:
+        UserError: as `load_causal_lm` and `give_adapters`.
+    """
+    if not lora.rank:
+        return load_causal_lm(path, dtype, device, trust_remote_code, quantization)
+    base = base_of(path)
+    model = load_causal_lm(base or path, dtype, device, trust_remote_code, quantization)
+    return give_adapters(model, lora, None if base is None else path)
+
+
+def check_quantization(quantization: Quantization, lora: LoRAConfig) -> None:
+    """Raises ValueError where weights that cannot be trained are to be, since there are no adapters."""
+    if quantization != "none" and not lora.rank:
+        raise ValueError(f"quantization is {quantization}, in which adapters alone can be trained; set lora.rank")
 
 
 def prepare_model(model: PreTrainedModel, device: str = "cpu") -> PreTrainedModel:
@@ -111,34 +164,32 @@ def prepare_model(model: PreTrainedModel, device: str = "cpu") -> PreTrainedMode
     return model
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 of a model's parameters, bit for bit."""
+def _quantized(kind: Quantization, dtype: str, device: str) -> dict[str, Any]:
+    """Further arguments of `from_pretrained` that have bitsandbytes quantize the linear layers while they are read."""
+    if kind == "none":
+        return {}
+    if torch.device(device).type != "cuda":
+        raise UserError(f"quantization is {kind}, which needs a CUDA device; found device {device}")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"quantization is {kind}, which needs bitsandbytes; install it: pip install bitsandbytes")
+    four = kind == "4bit"
+    # NF4 with its constants quantized again: Dettmers et al. 2023, QLoRA, section 3
+    config = BitsAndBytesConfig(
+        load_in_4bit=four,
+        load_in_8bit=not four,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[dtype],
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of tensors such as the parameters of a model, bit for bit."""
     digest = hashlib.sha256()
-    for parameter in model.parameters():
+    for parameter in tensors:
         digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raises UserError where the tokenizer knows ids that the model has no embedding for."""
-    embeddings: Any = model.get_input_embeddings()
-    rows = int(embeddings.weight.shape[0])
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= rows:
-        raise UserError(
-            f"{name}: the tokenizer has token ids up to {largest}, but the model embeds only {rows}; "
-            "use the tokenizer that the model was trained with, or resize_token_embeddings"
-        )
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """Longest sequence in tokens that the model has positions for, or None where the configuration names none."""
-    config = model.config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        length = getattr(config, name, None)
-        if isinstance(length, int) and length > 0:
-            return length
-    return None
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -157,27 +208,6 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     )
 
 
-def _check_folder(path: str) -> None:
-    """A local folder must hold a readable config.json; anything else must look like a hub name."""
-    if not path:
-        raise UserError("no model was given; name a folder or a hub name with --model")
-    folder = Path(path)
-    if folder.is_dir():
-        file = folder / "config.json"
-        if not file.is_file():
-            raise UserError(f"{path}: the folder has no config.json; expected a model saved with save_pretrained")
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"{file}: not valid JSON ({_one_line(error)})") from error
-        if not isinstance(config, dict):
-            raise UserError(f"{file}: holds a {type(config).__name__}, expected an object")
-    elif folder.exists():
-        raise UserError(f"{path}: a file; expected a model folder or a hub name like owner/model")
-    elif path.startswith(("/", ".", "~")) or path.endswith("/") or path.count("/") > 1:
-        raise UserError(f"{path}: no such folder; expected a model folder or a hub name like owner/model")
-
-
 def _check_config(path: str, trust_remote_code: bool) -> None:
     """The architecture must be one that transformers knows, and that writes text."""
     try:
@@ -190,43 +220,9 @@ def _check_config(path: str, trust_remote_code: bool) -> None:
             ) from error
         if not Path(path).is_dir():
             raise UserError(
-                f"{path}: no such folder, and no model of this name could be loaded from the hub ({_one_line(error)})"
+                f"{path}: no such folder, and no model of this name could be loaded from the hub ({reason(error)})"
             ) from error
-        raise UserError(f"{path}/config.json: no model that transformers knows ({_one_line(error)})") from error
+        raise UserError(f"{path}/config.json: no model that transformers knows ({reason(error)})") from error
     custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not custom and type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"{path}: a model of type {config.model_type!r}; expected a causal language model")
-
-
-def _check_weight_files(path: str) -> None:
-    """A local folder must hold safetensors that are whole: those of pickles are never read."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        if pickles:
-            raise UserError(
-                f"{path}: the weights are a pickle ({pickles[0]}), which can run code when it is read; expected "
-                "model.safetensors: save the model again with a current transformers"
-            )
-        raise UserError(f"{path}: the folder has no model.safetensors; expected a model saved with save_pretrained")
-    for file in files:
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: damaged or cut short ({_one_line(error)}); copy or download it again") from error
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # the last: meta, which holds no numbers
-        raise UserError(f"device is {device!r}, which torch cannot use here ({_one_line(error)})") from error
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

@@ -74,23 +74,50 @@ class TokenContext:
         return cls(tokens.to(device), mask.to(device), starts.to(device), temperature, support)
 
 
+@dataclass(frozen=True)
+class Critic:
+    """Values to start from: V(s) = weight · h(s) + bias, where h is the last hidden state of `trunk`.
+
+    Attributes:
+        trunk: a transformers model without a head, over the policy's tokens.
+        weight: (H,) float32.
+        bias: a number.
+    """
+
+    trunk: PreTrainedModel
+    weight: Tensor
+    bias: float
+
+
 class LanguagePolicy(nn.Module):
     """`tether.ppo.ActorCritic` over a transformers causal LM.
 
     Args:
         model: any transformers causal LM; evaluation mode is set, so that dropout is off.
-        separate_value_trunk: give the critic a copy of the trunk instead of a head on the policy's.
+        separate_value_trunk: give the critic a copy of the trunk instead of a head on the policy's. What is frozen in
+            the model, as under adapters, the two share.
+        critic: the critic to start from, trunk and head, instead.
     """
 
-    def __init__(self, model: PreTrainedModel, separate_value_trunk: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, separate_value_trunk: bool = False, critic: Critic | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         head = output_head(model)
-        self.value_trunk = copy.deepcopy(model.base_model) if separate_value_trunk else None
+        self.value_trunk = None if critic is None else critic.trunk
+        if critic is None and separate_value_trunk:
+            frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+            self.value_trunk = copy.deepcopy(model.base_model, frozen)
+        size = head.in_features if critic is None else len(critic.weight)
         # float32 whatever the trunk's precision; zero, so that the first value of every state is 0
-        self.value_head = nn.Linear(head.in_features, 1, device=head.weight.device, dtype=torch.float32)
+        self.value_head = nn.Linear(size, 1, device=head.weight.device, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        if critic is not None:
+            with torch.no_grad():
+                self.value_head.weight.copy_(critic.weight[None])
+                self.value_head.bias.fill_(critic.bias)
         self.eval()
 
     @property
@@ -106,6 +133,11 @@ class LanguagePolicy(nn.Module):
         """The value head's, and those of the critic's own trunk where it has one."""
         trunk = [] if self.value_trunk is None else list(self.value_trunk.parameters())
         return trunk + list(self.value_head.parameters())
+
+    def critic_parameters(self, trained: bool = True) -> dict[str, nn.Parameter]:
+        """What is trained of the critic alone, or else what is frozen of it, by name."""
+        own = {name: parameter for name, parameter in self.named_parameters() if name.startswith("value_")}
+        return {name: parameter for name, parameter in own.items() if parameter.requires_grad == trained}
 
     def train(self, mode: bool = True) -> LanguagePolicy:
         """Stays in evaluation mode: dropout would make the ratio of new to old probabilities noise."""
@@ -145,29 +177,10 @@ class LanguagePolicy(nn.Module):
         return self.value_trunk(**model_inputs(context), use_cache=False).last_hidden_state  # (N, L, H)
 
 
-@torch.no_grad()
-def reference_log_probs(
-    model: PreTrainedModel, context: TokenContext, actions: Tensor, mask: Tensor, tokens_at_once: int = 16384
-) -> Tensor:
-    """(N, T) log π_ref(a|s) at the sampling temperature, over the whole vocabulary whatever top-k and top-p left."""
-    result = torch.zeros(mask.shape, device=mask.device)
-    order = torch.argsort(context.lengths, descending=True, stable=True)
-    start = 0
-    while start < len(order):
-        part = order[start : start + max(1, tokens_at_once // int(context.lengths[order[start]]))]
-        start += len(part)
-        cut = context.select(part)
-        rows, steps = mask[part].nonzero(as_tuple=True)
-        logits, _ = logits_at(model, cut, rows, cut.starts[rows] + steps - 1)
-        log_probs, _ = action_log_probs(logits, actions[part[rows], steps], context.temperature, None)
-        result[part[rows], steps] = log_probs
-    return result
-
-
 def output_head(model: PreTrainedModel) -> nn.Linear:
     """The layer that turns hidden states into logits. Raises TypeError where it is no linear layer."""
     head: Any = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
+    if not isinstance(getattr(head, "base_layer", head), nn.Linear):  # the first where it has an adapter
         raise TypeError(f"{type(model).__name__} has no linear output layer, expected a causal language model")
     return head
 

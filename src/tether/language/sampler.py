@@ -74,6 +74,20 @@ class Samples:
     terminated: Tensor
     support: Tensor | None
 
+    def select(self, rows: Sequence[int]) -> Samples:
+        """These responses, in this order, cut to the longest among them."""
+        index = torch.tensor(rows)
+        longest = int(self.mask[index].sum(dim=1).max())
+        return Samples(
+            response_ids=[self.response_ids[row] for row in rows],
+            texts=[self.texts[row] for row in rows],
+            log_probs=self.log_probs[index, :longest],
+            values=self.values[index, :longest],
+            mask=self.mask[index, :longest],
+            terminated=self.terminated[index],
+            support=None if self.support is None else self.support[index, :longest],
+        )
+
 
 class Sampler:
     """Draws responses from a policy with a random generator of its own.
@@ -101,7 +115,7 @@ class Sampler:
             raise ValueError("every prompt needs at least one token")
         size = self.config.batch_size
         parts = [self._sample_batch(prompt_ids[i : i + size]) for i in range(0, len(prompt_ids), size)]
-        return parts[0] if len(parts) == 1 else _join(parts)
+        return join_samples(parts)
 
     def _sample_batch(self, prompt_ids: Sequence[Sequence[int]]) -> Samples:
         count, limit = len(prompt_ids), self.config.max_new_tokens
@@ -185,7 +199,7 @@ class _Decoder:
         self.mask = (torch.arange(longest, device=policy.device) >= longest - lengths[:, None]).long()
         self.positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)
         self.cache: Any = DynamicCache(config=policy.model.config)
-        self.value_cache: Any = DynamicCache(config=policy.model.config) if policy.value_trunk is not None else None
+        self.value_cache: Any = DynamicCache(config=policy.value_trunk.config) if policy.value_trunk is not None else None
 
     def next(self) -> tuple[Tensor, Tensor]:
         """Logits (n, V) of the next token and V (n,) of the state before it."""
@@ -248,7 +262,10 @@ def support_size(scaled: Tensor, top_k: int | None, top_p: float | None) -> Tens
     return size
 
 
-def _join(parts: list[Samples]) -> Samples:
+def join_samples(parts: Sequence[Samples]) -> Samples:
+    """All of them, one after the other, padded to the longest."""
+    if len(parts) == 1:
+        return parts[0]
     longest = max(part.mask.shape[1] for part in parts)
 
     def stack(tensors: Sequence[Tensor]) -> Tensor:

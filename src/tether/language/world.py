@@ -17,12 +17,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tether.episode import Episode
 from tether.errors import RewardError, UserError
-from tether.language.policy import LanguagePolicy, TokenContext, reference_log_probs
+from tether.language.adapters import save_model
+from tether.language.diversity import distinct_share, repeated_ngrams
+from tether.language.draws import Draw, join_draws, telling_groups
+from tether.language.policy import LanguagePolicy, TokenContext
 from tether.language.prompts import Prompt
+from tether.language.reference import Reference
 from tether.language.sampler import Sampler, Samples
 from tether.ppo import KLController, Trajectories
 from tether.ppo.advantages import scale_and_clip
@@ -41,22 +45,45 @@ class CollectConfig:
     """Responses to each prompt; the group baselines need at least 2."""
     missing_eos_penalty: float = 0.0
     """Subtracted from the score of a response that the length limit cut off."""
+    overlong_buffer: int = 0
+    """Tokens before the length limit over which `overlong_penalty` grows in a straight line, from nothing. 0: no such
+    penalty (L_cache of DAPO, Yu et al. 2025, arXiv:2503.14476, equation 13; L_max is `max_new_tokens`)."""
+    overlong_penalty: float = 0.0
+    """Subtracted from the score of a response as long as the limit. DAPO takes 1, for scores of 1 and −1."""
     score_scale: float = 1.0
     """Scores are multiplied by this before they become rewards."""
     score_clip: float | None = None
     """Scores, after scaling, are clipped to ± this."""
     bootstrap_truncated: bool = False
     """Take V of the state after the last token as the future of a truncated response, instead of 0."""
+    filter_prompts: bool = False
+    """Train on prompts whose responses differ in their scores: draw further prompts in place of the others ("dynamic
+    sampling" of DAPO). Needs at least 2 responses to each."""
+    max_draws: int = 10
+    """With `filter_prompts`: how often to draw for one batch; if prompts are still missing then, ones whose responses
+    all score alike fill it."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "samples_per_prompt"):
+        for name in ("prompts", "samples_per_prompt", "max_draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("missing_eos_penalty", "score_scale"):
+        for name in ("missing_eos_penalty", "overlong_penalty", "score_scale"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a finite number")
         if self.score_clip is not None and not self.score_clip > 0:
             raise ValueError(f"score_clip is {self.score_clip}, expected a number above 0, or none")
+        if self.overlong_buffer < 0:
+            raise ValueError(f"overlong_buffer is {self.overlong_buffer}, expected 0 or more tokens")
+        if bool(self.overlong_buffer) != bool(self.overlong_penalty):
+            raise ValueError(
+                f"overlong_buffer is {self.overlong_buffer} and overlong_penalty {self.overlong_penalty}: "
+                "expected both or neither"
+            )
+        if self.filter_prompts and self.samples_per_prompt < 2:
+            raise ValueError(
+                "filter_prompts compares responses to the same prompt; "
+                f"samples_per_prompt is {self.samples_per_prompt}, expected at least 2"
+            )
 
 
 @dataclass(frozen=True)
@@ -67,6 +94,9 @@ class _Batch:
     samples: Samples
     scores: Scores
     seconds: dict[str, float]
+    drawn: Draw  # with what filtering left out
+    draws: int
+    gold: Scores | None
 
 
 class LanguageWorld:
@@ -74,10 +104,11 @@ class LanguageWorld:
 
     Args:
         policy: the policy that is trained; the sampler draws from it.
-        reference: the frozen model that the KL is measured against.
+        reference: what the KL is measured against; it is told of every iteration of the policy.
         sampler: draws responses.
         prompts: where episodes start; they are visited in an order shuffled anew in each pass.
         rewards: scores responses.
+        gold: scores them too, for people to compare; never trained on. None: nothing does.
         kl: holds β; the penalty is part of the reward unless its configuration places it in the loss.
         config: see `CollectConfig`.
         seed: of the order of prompts.
@@ -86,28 +117,38 @@ class LanguageWorld:
     def __init__(
         self,
         policy: LanguagePolicy,
-        reference: PreTrainedModel,
+        reference: Reference,
         sampler: Sampler,
         prompts: Sequence[Prompt],
         rewards: Rewards,
         kl: KLController,
         config: CollectConfig | None = None,
         seed: int = 0,
+        gold: Rewards | None = None,
     ) -> None:
         if not prompts:
             raise ValueError("no prompts to collect from")
         if sampler.config.temperature == 0:
             raise ValueError("temperature is 0: PPO learns from sampled tokens, set a temperature above 0")
+        config = config or CollectConfig()
+        if config.overlong_buffer > sampler.config.max_new_tokens:
+            raise ValueError(
+                f"overlong_buffer is {config.overlong_buffer}, "
+                f"expected at most max_new_tokens, {sampler.config.max_new_tokens}"
+            )
         self.policy = policy
-        self.reference = reference.requires_grad_(False).eval()
+        self.reference = reference
         self.sampler = sampler
         self.prompts = prompts
         self.rewards = rewards
+        self.gold = gold
         self.kl = kl
-        self.config = config or CollectConfig()
+        self.config = config
         self.generator = torch.Generator().manual_seed(seed)
         self._queue: list[int] = []  # prompts still to be visited in this pass
         self._batch: _Batch | None = None
+        self._follow_due = False  # the policy may have learned since the reference was told last
+        self._first_length: float | None = None  # mean response length of the first batch
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -118,39 +159,63 @@ class LanguageWorld:
         """One batch of episodes: `prompts` × `samples_per_prompt` responses, scored and compared to the reference.
 
         Raises:
-            RewardError: a reward function failed; the sampled responses are attached as `error.responses`.
+            RewardError: a reward function failed; all that was sampled for this batch is attached as `error.responses`.
         """
+        if self._follow_due:
+            self.reference.follow(self.policy)
+            self._follow_due = False
         clock = _Clock()
-        repeats = self.config.samples_per_prompt
-        chosen = [self.prompts[i] for i in self._next_prompts() for _ in range(repeats)]
-        samples = self.sampler.sample([p.token_ids for p in chosen])
-        clock.lap("sampling")
-        scores = self._score(chosen, samples)
-        clock.lap("scoring")
-        trajectories = self._trajectories(chosen, samples, torch.tensor(scores.total, dtype=torch.float32))
+        config, size = self.config, self.config.samples_per_prompt
+        draws = [self._draw(config.prompts, [], clock)]
+        if config.filter_prompts:
+            missing = sum(draws[0].alike(size))
+            while missing and len(draws) < config.max_draws:
+                draws.append(self._draw(missing, draws, clock))
+                missing = sum(draws[-1].alike(size))
+        drawn = join_draws(draws)
+        kept = telling_groups(drawn, size, config.prompts) if config.filter_prompts else drawn
+        gold = None
+        if self.gold is not None:
+            gold = self._score(self.gold, kept.prompts, kept.samples, [])
+            clock.lap("gold")
+        trajectories = self._trajectories(
+            kept.prompts, kept.samples, torch.tensor(kept.scores.total, dtype=torch.float32)
+        )
         clock.lap("reference")
-        self._batch = _Batch(chosen, samples, scores, clock.seconds)
+        self._batch = _Batch(kept.prompts, kept.samples, kept.scores, clock.seconds, drawn, len(draws), gold)
+        self._follow_due = True
         return trajectories
 
-    def _next_prompts(self) -> list[int]:
+    def _draw(self, prompts: int, before: list[Draw], clock: _Clock) -> Draw:
+        """Scored responses to the next `prompts` prompts; `before` was drawn for the same batch."""
+        chosen = [self.prompts[i] for i in self._next_prompts(prompts) for _ in range(self.config.samples_per_prompt)]
+        samples = self.sampler.sample([p.token_ids for p in chosen])
+        clock.lap("sampling")
+        scores = self._score(self.rewards, chosen, samples, before)
+        clock.lap("scoring")
+        return Draw(chosen, samples, scores)
+
+    def _next_prompts(self, count: int) -> list[int]:
         indices: list[int] = []
-        while len(indices) < self.config.prompts:
+        while len(indices) < count:
             if not self._queue:
                 self._queue = torch.randperm(len(self.prompts), generator=self.generator).tolist()
-            wanted = self.config.prompts - len(indices)
+            wanted = count - len(indices)
             indices += self._queue[:wanted]
             self._queue = self._queue[wanted:]
         return indices
 
-    def _score(self, prompts: list[Prompt], samples: Samples) -> Scores:
+    def _score(self, rewards: Rewards, prompts: list[Prompt], samples: Samples, before: list[Draw]) -> Scores:
         columns: dict[str, list[Any]] = {name: [p.columns.get(name) for p in prompts] for name in prompts[0].columns}
         completions = [as_completion(p, text) for p, text in zip(prompts, samples.texts, strict=True)]
         try:
-            return self.rewards([p.source for p in prompts], completions, samples.response_ids, columns)
+            return rewards([p.source for p in prompts], completions, samples.response_ids, columns)
         except RewardError as error:
             error.responses = [  # type: ignore[attr-defined]
-                {"prompt": p.text, "response": t} for p, t in zip(prompts, samples.texts, strict=True)
-            ]
+                {"prompt": p.text, "response": t, "score": s}
+                for draw in before
+                for p, t, s in zip(draw.prompts, draw.samples.texts, draw.scores.total, strict=True)
+            ] + [{"prompt": p.text, "response": t} for p, t in zip(prompts, samples.texts, strict=True)]
             raise
 
     def _trajectories(self, prompts: list[Prompt], samples: Samples, scores: Tensor) -> Trajectories:
@@ -168,9 +233,12 @@ class LanguageWorld:
             row[: len(ids)] = torch.tensor(ids)
         actions = actions.to(device)
         log_probs, values = samples.log_probs.to(device), samples.values.to(device)
-        reference = reference_log_probs(self.reference, context, actions, mask)
+        reference = self.reference.log_probs(context, actions, mask)
         shaped = scale_and_clip(scores, config.score_scale, config.score_clip)
-        shaped = (shaped - config.missing_eos_penalty * ~samples.terminated).to(device)
+        shaped = shaped - config.missing_eos_penalty * ~samples.terminated
+        if config.overlong_buffer:
+            shaped = shaped - config.overlong_penalty * self._overlong(samples)
+        shaped = shaped.to(device)
         beta = self.kl.beta if self.kl.config.placement == "reward" else 0.0
         at_end = torch.arange(mask.shape[1], device=device) == last_step(mask)[:, None]
         terminated = at_end & samples.terminated.to(device)[:, None]
@@ -194,8 +262,14 @@ class LanguageWorld:
             groups=groups,
         )
 
+    def _overlong(self, samples: Samples) -> Tensor:
+        """(N,) how much of the buffer before the length limit each response fills: 0 up to it, 1 at the limit."""
+        buffer = self.config.overlong_buffer
+        beyond = samples.mask.sum(dim=1) - (self.sampler.config.max_new_tokens - buffer)
+        return beyond.clamp(min=0) / buffer
+
     def metrics(self, trajectories: Trajectories) -> dict[str, float]:
-        """Of the batch that `collect` returned last: scores, KL to the reference, lengths, and seconds by phase."""
+        """Of the batch that `collect` returned last: scores, KL to the reference, lengths, variety, seconds."""
         batch = self._last_batch(trajectories)
         total = torch.tensor(batch.scores.total, dtype=torch.float64)
         mask, lengths = trajectories.mask, trajectories.mask.sum(dim=1).double()
@@ -218,13 +292,37 @@ class LanguageWorld:
             "response_length_max": float(lengths.max()),
             "eos_share": float(batch.samples.terminated.double().mean()),
         }
-        if len(batch.scores.parts) > 1:
-            for name, part in batch.scores.parts.items():
-                metrics[f"score/{name}"] = sum(part) / len(part)
+        if self._first_length is None:
+            self._first_length = metrics["response_length"]
+        metrics |= {
+            "length_ratio": metrics["response_length"] / self._first_length,
+            "sampled_entropy": -float((trajectories.log_probs * mask).sum()) / tokens,
+            "distinct_responses": distinct_share([tuple(ids) for ids in batch.samples.response_ids]),
+            "repeated_ngrams": repeated_ngrams(batch.samples.response_ids),
+        }
+        if batch.gold is not None:
+            gold = torch.tensor(batch.gold.total, dtype=torch.float64)
+            metrics |= {"gold": float(gold.mean()), "gold_std": float(gold.std(correction=0))}
+        for kind, scores in (("score", batch.scores), ("gold", batch.gold)):
+            if scores is not None and len(scores.parts) > 1:
+                metrics |= {f"{kind}/{name}": sum(part) / len(part) for name, part in scores.parts.items()}
         metrics["tokens"] = tokens
+        metrics |= self._filtering(batch)
         metrics |= {f"time/{phase}": seconds for phase, seconds in batch.seconds.items()}
-        metrics["time/tokens_per_second_sampled"] = tokens / batch.seconds["sampling"]
+        metrics["time/tokens_per_second_sampled"] = batch.drawn.tokens / batch.seconds["sampling"]
         return metrics
+
+    def _filtering(self, batch: _Batch) -> dict[str, float]:
+        """What was drawn and left out; empty unless prompts are filtered."""
+        if not self.config.filter_prompts:
+            return {}
+        alike = batch.drawn.alike(self.config.samples_per_prompt)
+        return {
+            "filtered_share": sum(alike) / len(alike),
+            "signal_share": (len(alike) - sum(alike)) / self.config.prompts,
+            "draws": float(batch.draws),
+            "score_drawn": sum(batch.drawn.scores.total) / len(batch.drawn.scores.total),
+        }
 
     def episodes(self, trajectories: Trajectories, advantages: Tensor, returns: Tensor) -> list[Episode]:
         """The batch that `collect` returned last as episodes for people and for storage."""
@@ -253,6 +351,7 @@ class LanguageWorld:
                         "group": row // self.config.samples_per_prompt,
                         "row": prompt.row,
                         "scores": {name: part[row] for name, part in batch.scores.parts.items()},
+                        **({} if batch.gold is None else {"gold": batch.gold.total[row]}),
                     },
                 )
             )
@@ -264,16 +363,16 @@ class LanguageWorld:
         return self._batch
 
     def save_policy(self, folder: Path) -> None:
-        """`policy/`, a plain Hugging Face folder with its tokenizer, and the critic beside it."""
-        self.policy.model.save_pretrained(folder / "policy")
+        """`policy/`, a Hugging Face folder (of adapters alone where it has any) with its tokenizer; the critic beside it."""
+        save_model(self.policy.model, folder / "policy")
         self.tokenizer.save_pretrained(folder / "policy")
-        critic = {n: p.detach().cpu().contiguous() for n, p in self.policy.named_parameters() if n.startswith("value_")}
+        critic = {name: p.detach().cpu().contiguous() for name, p in self.policy.critic_parameters().items()}
         save_file(critic, folder / "critic.safetensors")
 
     def load_critic(self, folder: Path) -> None:
         """The critic that `save_policy` wrote. Raises UserError where it is of another shape."""
         critic = load_file(folder / "critic.safetensors", device=str(self.policy.device))
-        own = {n: p for n, p in self.policy.named_parameters() if n.startswith("value_")}
+        own = self.policy.critic_parameters()
         if critic.keys() != own.keys() or any(critic[n].shape != own[n].shape for n in own):
             raise UserError(
                 f"{folder}/critic.safetensors: holds another critic ({len(critic)} tensors, expected {len(own)}); "
@@ -289,6 +388,9 @@ class LanguageWorld:
             "generator": self.generator.get_state(),
             "sampler": self.sampler.generator.get_state(),
             "queue": torch.tensor(self._queue, dtype=torch.long),
+            "follow_due": self._follow_due,
+            "reference": self.reference.state_dict(),
+            "first_length": self._first_length,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -296,6 +398,9 @@ class LanguageWorld:
         self.generator.set_state(state["generator"])
         self.sampler.generator.set_state(state["sampler"])
         self._queue = state["queue"].tolist()
+        self._follow_due = state["follow_due"]
+        self.reference.load_state_dict(state["reference"])
+        self._first_length = state["first_length"]
 
 
 def as_completion(prompt: Prompt, text: str) -> str | list[dict[str, str]]:
@@ -312,5 +417,5 @@ class _Clock:
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.seconds[name] = now - self._last
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now

@@ -28,6 +28,7 @@ from tether.control.normalisation import ObservationNormaliser
 from tether.control.policy import ControlPolicy, NetworkConfig
 from tether.control.vectors import success_of
 from tether.control.world import ControlCollectConfig, ControlWorld, load_policy
+from tether.devices import check_device
 from tether.errors import UserError
 from tether.pipeline.training import Trained, restore, train_in_folder
 from tether.ppo import AdvantageConfig, Learner, LearnerConfig
@@ -102,7 +103,7 @@ def build_control(config: ControlConfig, checkpoint: Path | None = None) -> tupl
     """
     if not config.env:
         raise UserError("no environment given: name one with --env, such as CartPole-v1")
-    _check_device(config.device)
+    check_device(config.device)
     if checkpoint is not None:
         _refuse_other_environments(config, checkpoint)
     seed_random_states(config.seed)
@@ -134,14 +135,6 @@ def _try_out(environments: Environments, policy: ControlPolicy) -> None:
     states = torch.from_numpy(environments.reset())
     environments.step(policy.to_environment(policy.act(states.to(policy.device), None)))
     environments.load_state_dict(before)
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # the last: meta, which holds no numbers
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise UserError(f"device is {device!r}, which torch cannot use here ({reason})") from error
 
 
 def _environments_of(config: ControlConfig) -> dict[str, Any]:

@@ -18,11 +18,11 @@ from rich.table import Table
 
 from tether.config import config_to_dict
 from tether.errors import RewardError, UserError
-from tether.language.models import context_length
 from tether.language.prompts import PromptsConfig, load_prompts, prompts_from_rows
 from tether.language.sampler import SamplingConfig
 from tether.language.world import as_completion
 from tether.pipeline.generate import Response, check_output, load_sampler, open_rows, sample_responses, write_row
+from tether.pretrained import context_length
 from tether.rewards import Rewards, RewardsConfig, Scores
 from tether.rewards.tasks import ProblemsConfig, Task
 
@@ -141,7 +141,8 @@ def evaluate(config: EvalConfig, show: bool = True) -> EvalResult:
     else:
         prompts = load_prompts(config.prompts, sampler.tokenizer, *room)
     columns = {name: [prompt.columns[name] for prompt in prompts] for name in prompts[0].columns}
-    rewards.check(columns, [prompt.source for prompt in prompts])
+    places = [f"{config.prompts.path or config.task}, row {prompt.row}" for prompt in prompts]
+    rewards.check(columns, [prompt.source for prompt in prompts], places)
     console = Console(highlight=False)
     with Progress(console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
         bar = progress.add_task("prompts", total=len(prompts))

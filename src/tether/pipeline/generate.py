@@ -15,10 +15,11 @@ from typing import Any, Literal, TextIO
 from rich.console import Console
 
 from tether.errors import UserError
-from tether.language.models import check_vocabulary, context_length, load_causal_lm, load_tokenizer
+from tether.language.models import load_causal_lm, load_tokenizer
 from tether.language.policy import LanguagePolicy
 from tether.language.prompts import Prompt, PromptsConfig, load_prompts, prompts_from_rows
 from tether.language.sampler import Sampler, SamplingConfig
+from tether.pretrained import check_vocabulary, context_length
 
 
 @dataclass(frozen=True)

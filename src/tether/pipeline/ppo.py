@@ -14,23 +14,30 @@ from typing import Any, Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tether.errors import UserError
+from tether.language.adapters import LoRAConfig, base_of, give_adapters, read_weights
 from tether.language.models import (
-    check_vocabulary,
-    context_length,
+    Quantization,
+    check_quantization,
     fingerprint,
     load_causal_lm,
     load_tokenizer,
+    load_trainable,
     prepare_model,
     prepare_tokenizer,
 )
-from tether.language.policy import LanguagePolicy
-from tether.language.prompts import PromptsConfig, load_prompts, prompts_from_rows
+from tether.language.policy import Critic, LanguagePolicy
+from tether.language.prompts import Prompt, PromptsConfig, load_prompts, prompts_from_rows
+from tether.language.reference import AdapterReference, ModelReference, Reference, ReferenceConfig
 from tether.language.sampler import Sampler, SamplingConfig
 from tether.language.world import CollectConfig, LanguageWorld
+from tether.pipeline.frontier import FrontierConfig, draw_frontier
 from tether.pipeline.training import Trained, restore, train_in_folder
+from tether.pipeline.value_model import critic_from_reward_model
 from tether.ppo import AdvantageConfig, KLConfig, KLController, Learner, LearnerConfig
+from tether.pretrained import check_vocabulary, context_length
 from tether.rewards import Rewards, RewardsConfig
 from tether.rewards.tasks import ProblemsConfig, Task
+from tether.runs.alarms import AlarmsConfig
 from tether.runs.random_states import seed_random_states
 from tether.train import Iteration
 
@@ -41,8 +48,6 @@ class PPOConfig:
 
     model: str = ""
     """Folder or hub name of the causal language model that is trained."""
-    reference: str = ""
-    """Folder or hub name of the model that the KL is measured against. Empty: `model` as it was before training."""
     task: str = ""
     """Prompts and verifier in one: `reasoning_gym:NAME`, for example reasoning_gym:chain_sum. Takes the place of
     `prompts.path`; the functions of `reward`, if any, are added to its verifier."""
@@ -58,6 +63,12 @@ class PPOConfig:
     """Precision of the model's parameters. The value head, log-probabilities and losses are float32 always."""
     separate_value_trunk: bool = False
     """Give the critic a copy of the model's trunk, instead of a head on the policy's own."""
+    value_model: str = ""
+    """Folder or hub name of a reward model that the critic starts as, in a trunk of its own (Ouyang et al. 2022), with
+    the normalisation of its scores. Empty: the critic starts at 0."""
+    quantization: Quantization = "none"
+    """Keep the weights of a model whose adapters are trained in 4 or 8 bits (QLoRA, Dettmers et al. 2023); needs
+    bitsandbytes and CUDA."""
     checkpoint_every: int = 10
     """Iterations between checkpoints; the last iteration always has one."""
     keep_checkpoints: int = 2
@@ -66,13 +77,19 @@ class PPOConfig:
     """Replace a run that `output` already holds."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model from the hub. Off: such models are refused."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     problems: ProblemsConfig = field(default_factory=ProblemsConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     reward: RewardsConfig = field(default_factory=RewardsConfig)
+    gold: RewardsConfig = field(default_factory=RewardsConfig)
+    """A held-out score: responses are scored and never trained on, to see whether the reward is followed or fooled."""
+    frontier: FrontierConfig = field(default_factory=FrontierConfig)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     collect: CollectConfig = field(default_factory=CollectConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     kl: KLConfig = field(default_factory=KLConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
 
     def __post_init__(self) -> None:
@@ -98,6 +115,23 @@ class PPOConfig:
             )
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature is 0, but PPO learns from sampled tokens; expected a number above 0")
+        if self.value_model and not self.advantage.uses_critic:
+            raise ValueError(f"value_model is set, but advantage.estimator {self.advantage.estimator} trains no critic")
+        check_quantization(self.quantization, self.lora)
+        if self.lora.rank and self.reference.model and self.reference.moves:
+            raise ValueError("lora.rank and reference.model are set: such a reference cannot follow the adapters")
+        if self.lora.rank and not self.reference.model:
+            for name, default in (("offload", "none"), ("dtype", None)):
+                if (found := getattr(self.reference, name)) != default:
+                    raise ValueError(
+                        f"reference.{name} is {found}, but with lora.rank the reference is the model with its adapters "
+                        "off, and has no weights of its own; name one by reference.model, or drop it"
+                    )
+        if self.collect.overlong_buffer > self.sampling.max_new_tokens:
+            raise ValueError(
+                f"collect.overlong_buffer is {self.collect.overlong_buffer}, "
+                f"expected at most sampling.max_new_tokens, {self.sampling.max_new_tokens}"
+            )
 
 
 @dataclass
@@ -109,12 +143,14 @@ class Parts:
         tokenizer: its tokenizer.
         prompts: texts, or rows of a data set as dicts; `PPOConfig.prompts` says how to read them.
         reward: a function in the convention of `PPOConfig.reward`.
+        gold: one in that of `PPOConfig.gold`.
     """
 
     model: PreTrainedModel | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     prompts: Sequence[str | dict[str, Any]] | None = None
     reward: Callable[..., Any] | None = None
+    gold: Callable[..., Any] | None = None
 
 
 def build_ppo(
@@ -133,10 +169,11 @@ def build_ppo(
     parts = parts or Parts()
     task = Task(config.task, config.problems) if config.task else None
     rewards = Rewards(config.reward, None if parts.reward is None else [parts.reward], task)
+    gold = _gold(config, parts)
     seed_random_states(config.seed)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code) if parts.tokenizer is None else parts.tokenizer
     prepare_tokenizer(tokenizer)
-    base = _load(config, config.model) if parts.model is None else prepare_model(parts.model, config.device)
+    base = _base(config, parts)
     check_vocabulary(base, tokenizer, config.model or "model")
     room = (context_length(base), config.sampling.max_new_tokens)
     if task is not None:
@@ -146,32 +183,92 @@ def build_ppo(
     else:
         rows = [{"prompt": p} if isinstance(p, str) else p for p in parts.prompts]
         prompts = prompts_from_rows(rows, config.prompts, tokenizer, *room)
-    rewards.check(
-        {name: [p.columns[name] for p in prompts] for name in prompts[0].columns}, [p.source for p in prompts]
-    )
-    reference = _load(config, config.reference) if config.reference else copy.deepcopy(base)
-    model = base
-    if checkpoint is not None:
-        model = _load(config, str(checkpoint / "policy"))
-        if parts.model is not None:  # trained in place on resuming too, in the precision that it came in
-            base.load_state_dict(model.state_dict())
-            model = base
-    policy = LanguagePolicy(model, config.separate_value_trunk)
+    columns = {name: [p.columns[name] for p in prompts] for name in prompts[0].columns}
+    places = [f"{config.prompts.path or config.task or 'prompts'}, row {p.row}" for p in prompts]
+    for scorer in (rewards, *([] if gold is None else [gold])):
+        scorer.check(columns, [p.source for p in prompts], places)
+    model, reference = (_adapted if config.lora.rank else _whole)(config, parts, base, checkpoint)
+    policy = LanguagePolicy(model, config.separate_value_trunk, _critic(config, tokenizer, prompts))
     kl = KLController(config.kl)
     sampler = Sampler(policy, tokenizer, config.sampling, config.seed)
-    world = LanguageWorld(policy, reference, sampler, prompts, rewards, kl, config.collect, config.seed)
+    world = LanguageWorld(policy, reference, sampler, prompts, rewards, kl, config.collect, config.seed, gold)
     learner = Learner(policy, config.learner, config.advantage, kl, config.iterations, config.seed)
     if checkpoint is not None:
         world.load_critic(checkpoint)
-        if restore(checkpoint, world, learner)["reference"] != fingerprint(reference):
+        state, constants = restore(checkpoint, world, learner), _constants(world)
+        if state["reference"] != constants["reference"]:
             raise UserError(
                 f"{config.output}: the run was begun with another reference; give the model as it was before training"
             )
+        if state["frozen_critic"] != constants["frozen_critic"]:
+            raise UserError(f"{config.output}: the run was begun with another value_model; give it as it was then")
     return world, learner
 
 
+def _base(config: PPOConfig, parts: Parts) -> PreTrainedModel:
+    """The model as it was before training, with the adapters that are to be trained where there is a rank."""
+    if parts.model is not None:
+        model = prepare_model(parts.model, config.device)
+        return give_adapters(model, config.lora) if config.lora.rank else model
+    return load_trainable(
+        config.model, config.lora, config.dtype, config.device, config.trust_remote_code, config.quantization
+    )
+
+
+def _whole(
+    config: PPOConfig, parts: Parts, base: PreTrainedModel, checkpoint: Path | None
+) -> tuple[PreTrainedModel, Reference]:
+    """The model all of which is trained, where `checkpoint` left it, and the reference beside it."""
+    named = config.reference.model
+    reference = ModelReference(_load(config, named) if named else copy.deepcopy(base), config.reference)
+    if checkpoint is None:
+        return base, reference
+    model = _load(config, str(checkpoint / "policy"))
+    if parts.model is None:
+        return model, reference
+    base.load_state_dict(model.state_dict())  # trained in place on resuming too, in the precision that it came in
+    return base, reference
+
+
+def _adapted(
+    config: PPOConfig, parts: Parts, base: PreTrainedModel, checkpoint: Path | None
+) -> tuple[PreTrainedModel, Reference]:
+    """The model with the adapters that are trained, where `checkpoint` left them, and the reference within it."""
+    reference: Reference
+    if config.reference.model:
+        reference = ModelReference(_load(config, config.reference.model), config.reference)
+    else:
+        trained = parts.model is None and base_of(config.model) is not None
+        reference = AdapterReference(base, config.reference, trained)
+    if checkpoint is not None:
+        read_weights(base, str(checkpoint / "policy"))
+    return base, reference
+
+
+def _critic(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> Critic | None:
+    """What the critic starts as, unless that is a head of zeros."""
+    if not config.value_model:
+        return None
+    longest = max(len(prompt.token_ids) for prompt in prompts) + config.sampling.max_new_tokens
+    options = (config.dtype, config.device, config.trust_remote_code)
+    return critic_from_reward_model(config.value_model, tokenizer, longest, config.lora, *options)
+
+
+def _constants(world: LanguageWorld) -> dict[str, Any]:
+    """What a run is resumed with as it was begun."""
+    frozen = world.policy.critic_parameters(trained=False)
+    return {"reference": world.reference.fingerprint, "frozen_critic": fingerprint(frozen.values())}
+
+
+def _gold(config: PPOConfig, parts: Parts) -> Rewards | None:
+    """What scores responses for comparison only; None where nothing was asked for."""
+    if parts.gold is None and not config.gold.functions:
+        return None
+    return Rewards(config.gold, None if parts.gold is None else [parts.gold], section="gold")
+
+
 def _load(config: PPOConfig, path: str) -> PreTrainedModel:
-    return load_causal_lm(path, config.dtype, config.device, config.trust_remote_code)
+    return load_causal_lm(path, config.dtype, config.device, config.trust_remote_code, config.quantization)
 
 
 def train_ppo(
@@ -190,7 +287,9 @@ def train_ppo(
         lambda checkpoint: build_ppo(config, parts, checkpoint),
         resume,
         report,
-        lambda world: {"reference": fingerprint(world.reference)},
+        _constants,
+        begin=lambda world, folder: draw_frontier(world, folder, config.frontier, config.seed),
+        alarms=config.alarms,
     )
 
 

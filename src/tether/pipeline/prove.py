@@ -31,6 +31,7 @@ from tether.language.enumerable import CriticError, EnumerableWorld, ExactEvalua
 from tether.language.models import prepare_model
 from tether.language.policy import LanguagePolicy, TokenContext
 from tether.language.prompts import Prompt
+from tether.language.reference import ModelReference
 from tether.language.sampler import Sampler, SamplingConfig
 from tether.language.world import CollectConfig, LanguageWorld
 from tether.ppo import AdvantageConfig, KLConfig, KLController, Learner, LearnerConfig
@@ -56,18 +57,22 @@ class ProveConfig:
     """β of the objective E[r] − β·KL(π‖π_ref)."""
     share: float = 0.98
     """Share of the gap between J(π_ref) and J* that must be closed; below it the exit code is 1."""
+    critic_error: float = 0.1
+    """Mean absolute error that the critic may have, prefixes as often as visited; above it the exit code is 1."""
 
     def __post_init__(self) -> None:
         for name in ("iterations", "responses"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not self.critic_error >= 0:
+            raise ValueError(f"critic_error is {self.critic_error}, expected 0 or more")
         if not self.beta > 0:
             raise ValueError(f"beta is {self.beta}, expected a number above 0: without a penalty no optimum is known")
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What came of it: exact numbers of the trained policy, the optimum, and the critic's error."""
+    """What came of it: exact numbers of the trained policy, the optimum, the critic's error, and if they suffice."""
 
     optimum: Optimum
     evaluation: ExactEvaluation
@@ -93,7 +98,8 @@ def prove(config: ProveConfig) -> Proof:
         reward,
         config.beta,
     )
-    optimum = truth.optimum(truth.tabulate_log_probs(_log_probs_of(world.reference)))
+    with world.reference.as_model() as reference:
+        optimum = truth.optimum(truth.tabulate_log_probs(_log_probs_of(reference)))
     console.print(
         f"[bold]A world with {truth.rewards.numel():,} possible episodes[/bold]: {len(prompts)} prompts, responses "
         f"of up to {RESPONSE_TOKENS} of {len(tokenizer)} tokens, random rewards in (−1, 1), β = {config.beta:g}\n"
@@ -114,9 +120,8 @@ def prove(config: ProveConfig) -> Proof:
                 soft_wrap=True,
             )
     evaluation, critic_error = measure()
-    proof = Proof(
-        optimum, evaluation, critic_error, time.perf_counter() - started, evaluation.gap_closed >= config.share
-    )
+    passed = evaluation.gap_closed >= config.share and critic_error.visited <= config.critic_error
+    proof = Proof(optimum, evaluation, critic_error, time.perf_counter() - started, passed)
     _show(console, config, proof)
     return proof
 
@@ -171,7 +176,7 @@ def _build(
     kl = KLController(KLConfig(beta=config.beta))
     world = LanguageWorld(
         policy,
-        copy.deepcopy(model),
+        ModelReference(copy.deepcopy(model)),
         Sampler(policy, tokenizer, SamplingConfig(max_new_tokens=RESPONSE_TOKENS, batch_size=4096), config.seed),
         [Prompt(letter, (index,), letter, {}, index + 1) for index, letter in enumerate(LETTERS)],
         Rewards(RewardsConfig(), [score]),
@@ -233,7 +238,10 @@ def _show(console: Console, config: ProveConfig, proof: Proof) -> None:
     console.print()
     console.print(table)
     verdict = "[bold green]proved[/bold green]" if proof.passed else "[bold red]not reached[/bold red]"
-    console.print(f"\n{verdict}: at least {config.share:.0%} of the gap was to be closed; {proof.seconds:.0f} s")
+    console.print(
+        f"\n{verdict}: at least {config.share:.0%} of the gap was to be closed, and the critic's error to be at most "
+        f"{config.critic_error:g}; {proof.seconds:.0f} s"
+    )
 
 
 __all__ = ["Proof", "ProveConfig", "prove", "random_reward"]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from tether.errors import UserError
-from tether.language.rows import load_rows
+from tether.language.rows import Row, load_rows
 from tether.pipeline.generate import check_output, open_rows, write_row
 from tether.rewards.models import RewardModel
 
@@ -76,6 +76,44 @@ def score(config: ScoreConfig, show: bool = True) -> list[float]:
     """
     if not config.output:
         raise UserError("no output given: name a JSONL file with --output")
+    rows, response = _rows(config)
+    check_output(config.output, config.overwrite)
+    model = RewardModel(
+        config.model,
+        config.combine,
+        config.k,
+        config.normalise,
+        config.truncate,
+        config.dtype,
+        config.device,
+        config.microbatch_tokens,
+        config.trust_remote_code,
+    )
+    parts: list[tuple[list[Row], list[Any], list[Any], list[str]]] = []
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = rows[start : start + ROWS_AT_ONCE]
+        names = [f"{config.data}, row {start + number}" for number in range(1, len(part) + 1)]
+        parts.append((part, [row[config.prompt_column] for row in part], [row[response] for row in part], names))
+    for _, *texts in parts:
+        model.tokens(*texts)  # a text that does not fit is found before the first is scored
+    scores: list[float] = []
+    with open_rows(config.output, config.overwrite) as file:
+        assert file is not None  # a path was given
+        for part, *texts in parts:
+            found = model.score(*texts)
+            for row, value in zip(part, found, strict=True):
+                write_row(file, row | {config.column: value})
+            scores += found
+    if show:
+        mean = math.fsum(scores) / len(scores)
+        spread = math.sqrt(math.fsum((value - mean) ** 2 for value in scores) / len(scores))
+        text = f"{len(scores)} scores, mean {mean:.3f}, standard deviation {spread:.3f}: {config.output}"
+        Console(highlight=False, soft_wrap=True).print(text, markup=False)
+    return scores
+
+
+def _rows(config: ScoreConfig) -> tuple[list[Row], str]:
+    """The rows, each with text or messages in its columns, and the name of the column with responses."""
     rows = load_rows(config.data, config.split)
     response = config.response_column or next((name for name in RESPONSES if name in rows[0]), RESPONSES[0])
     for name in (config.prompt_column, response):
@@ -94,34 +132,7 @@ def score(config: ScoreConfig, show: bool = True) -> list[float]:
         _check(row[response], f"{place}: column `{response}`")
         if isinstance(row[config.prompt_column], str) and not isinstance(row[response], str):
             raise UserError(f"{place}: `{config.prompt_column}` is text and `{response}` messages; expected one form")
-    check_output(config.output, config.overwrite)
-    model = RewardModel(
-        config.model,
-        config.combine,
-        config.k,
-        config.normalise,
-        config.truncate,
-        config.dtype,
-        config.device,
-        config.microbatch_tokens,
-        config.trust_remote_code,
-    )
-    scores: list[float] = []
-    with open_rows(config.output, config.overwrite) as file:
-        assert file is not None  # a path was given
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            chosen = rows[start : start + ROWS_AT_ONCE]
-            names = [f"{config.data}, row {start + number}" for number in range(1, len(chosen) + 1)]
-            found = model.score([row[config.prompt_column] for row in chosen], [row[response] for row in chosen], names)
-            for row, value in zip(chosen, found, strict=True):
-                write_row(file, row | {config.column: value})
-            scores += found
-    if show:
-        mean = math.fsum(scores) / len(scores)
-        spread = math.sqrt(math.fsum((value - mean) ** 2 for value in scores) / len(scores))
-        text = f"{len(scores)} scores, mean {mean:.3f}, standard deviation {spread:.3f}: {config.output}"
-        Console(highlight=False, soft_wrap=True).print(text, markup=False)
-    return scores
+    return rows, response
 
 
 def _check(value: Any, place: str) -> None:

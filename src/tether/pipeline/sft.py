@@ -9,39 +9,34 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tether.config import config_to_dict
 from tether.errors import UserError
+from tether.language.adapters import LoRAConfig, give_adapters, save_model
 from tether.language.cross_entropy import Passes, accumulate_gradients, checkpointed_layers, mean_loss
-from tether.language.models import check_vocabulary, context_length, load_causal_lm, load_tokenizer, prepare_tokenizer
+from tether.language.models import Quantization, check_quantization, load_tokenizer, load_trainable, prepare_tokenizer
 from tether.language.packing import TokenizedSamples, check_packing
 from tether.language.rows import load_rows
 from tether.pipeline.samples import Row, RowFormat, tokenize_rows
-from tether.ppo.learner import schedule_factor
+from tether.pipeline.supervised import Batch, Optimizer, Report, SupervisedConfig, longest_text, plan_batches
+from tether.pretrained import check_vocabulary
 from tether.runs import Display, Run
-
-DEFAULT_MAX_TOKENS = 2048  # a context of 128k tokens is no reason to try rows of 128k tokens
+from tether.runs.random_states import seed_random_states
 
 SHOWN = ("loss", "eval_loss", "learning_rate", "gradient_norm", "time/tokens_per_second")
 SHOWN_STEPS = 100  # of a long run, about so many steps are shown; all are in metrics.jsonl
 
-Report = Callable[[dict[str, float]], None]
-Batch = tuple[float, np.ndarray]  # passes over the data once it is done, and the indices of its samples
-
 
 @dataclass(frozen=True)
-class SFTConfig:
-    """Supervised fine-tuning of a causal language model."""
+class SFTData:
+    """What is fine-tuned, and on what."""
 
     model: str = ""
     """Folder or hub name of the model to start from."""
@@ -49,85 +44,33 @@ class SFTConfig:
     """Training rows: file (.jsonl, .json, .csv, also as .gz; .parquet), folder saved by `datasets`, or hub name."""
     split: str = "train"
     """Split of a dataset folder or of a hub dataset."""
-    output: str = ""
-    """Folder of the run; the trained model is saved in its `policy/`."""
-    overwrite: bool = False
-    """Replace a run that is already in `output`."""
-    eval_data: str | None = None
-    """Held-out rows, in the same form as `data`."""
-    eval_split: str = "train"
-    """Split of `eval_data` where that is a dataset folder or a hub dataset."""
-    eval_fraction: float = 0.0
-    """Share of `data` that is held out instead, drawn at random by `seed`."""
-    eval_every: int = 0
-    """Optimizer steps between held-out losses. 0: only before the first step and after the last, as always."""
     rows: RowFormat = field(default_factory=RowFormat)
-    max_tokens: int | None = None
-    """Longest sample in tokens, eos included. None: the model's context, at most 2048."""
-    overlong: Literal["error", "skip", "truncate"] = "error"
-    """What happens to a longer sample: stop with an error, leave it out, or cut off its end; how many is reported."""
     packing: bool = True
     """Let short samples share a row without seeing each other. Faster, with the same gradients."""
-    epochs: int = 1
-    """Passes over the data."""
-    max_steps: int | None = None
-    """Stop after so many optimizer steps, going round the data as often as that takes. None: `epochs` decides."""
-    batch_size: int = 32
-    """Samples per optimizer step."""
     batch_tokens: int | None = None
-    """Fill the batch of an optimizer step up to so many tokens instead; at least one sample."""
-    microbatch_tokens: int = 8192
-    """Tokens (padding included) that go through the model at once. Changes memory and speed, never the result."""
+    """Fill the batch of an optimizer step up to so many tokens instead of `batch_size`; at least one sample."""
+
+
+@dataclass(frozen=True)
+class SFTConfig(SupervisedConfig, SFTData):
+    """Supervised fine-tuning of a causal language model."""
+
+    output: str = ""
+    """Folder of the run; the trained model is saved in its `policy/`."""
     learning_rate: float = 2e-5
     """Peak learning rate. 2e-5 suits models of some billion parameters (Taori et al. 2023); small ones take more."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate falls from its peak to 0 over the steps of the run."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly from 0."""
-    adam_beta1: float = 0.9
-    """Adam's decay of the first moment (Kingma and Ba 2015)."""
-    adam_beta2: float = 0.999
-    """Adam's decay of the second moment (Kingma and Ba 2015)."""
-    adam_epsilon: float = 1e-8
-    """Adam's ε (Kingma and Ba 2015)."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of AdamW, on weight matrices; never on biases, gains of norms or other vectors."""
-    max_gradient_norm: float = 1.0
-    """Gradients are scaled down to this global L2 norm. 0: never."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the weights, their gradients and Adam's moments. The loss is float32 always."""
-    autocast: bool = False
-    """Compute matrix products in bfloat16 while the weights stay float32."""
-    device: str = "cpu"
-    """Torch device, e.g. cpu or cuda."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with a model from the hub. Off: such models are refused."""
-    seed: int = 0
-    """Of the order of the samples and of what is held out."""
+    quantization: Quantization = "none"
+    """Keep the weights of a model whose adapters are trained in 4 or 8 bits (QLoRA, Dettmers et al. 2023); needs
+    bitsandbytes and CUDA."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     def __post_init__(self) -> None:
-        at_least_one = ("epochs", "max_steps", "batch_size", "batch_tokens", "microbatch_tokens", "max_tokens")
-        for name in at_least_one:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "max_gradient_norm", "eval_every"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}, expected 0 or more, and below 2^63")
-        for name in ("adam_beta1", "adam_beta2", "eval_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more and below 1")
-        if self.learning_rate == math.inf:
-            raise ValueError("learning_rate is inf, expected a finite number")
-        if not self.adam_epsilon > 0:
-            raise ValueError(f"adam_epsilon is {self.adam_epsilon}, expected a number above 0")
-        if self.autocast and self.dtype != "float32":
-            raise ValueError("autocast is on and dtype bfloat16: weights are cast already, set one of the two")
+        super().__post_init__()
+        if self.batch_tokens is not None and self.batch_tokens < 1:
+            raise ValueError(f"batch_tokens is {self.batch_tokens}, expected 1 or more")
         if self.eval_data and self.eval_fraction:
             raise ValueError("eval_data and eval_fraction are both set: one says what is held out")
+        check_quantization(self.quantization, self.lora)
 
 
 @dataclass(frozen=True)
@@ -167,7 +110,10 @@ def sft(config: SFTConfig, report: Report | None = None, show: bool = False) -> 
     if not config.output:
         raise UserError("no output given: name the folder of the run with --output")
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-    model = load_causal_lm(config.model, config.dtype, config.device, config.trust_remote_code)
+    seed_random_states(config.seed)  # new adapters are drawn from them
+    model = load_trainable(
+        config.model, config.lora, config.dtype, config.device, config.trust_remote_code, config.quantization
+    )
     rows = load_rows(config.data, config.split)
     eval_rows = load_rows(config.eval_data, config.eval_split) if config.eval_data else None
     names = (config.model, config.data, config.eval_data or "")
@@ -215,7 +161,8 @@ def fine_tune(
     """Fine-tune a model in memory, in place, on rows in memory; the fields of `config` that name files are not read.
 
     Args:
-        model: on its device; comes back in evaluation mode. Dropout is off, as in PPO.
+        model: on its device; comes back in evaluation mode, with adapters where `config.lora` has a rank. Dropout is
+            off, as in PPO.
         tokenizer: the model's; pads with eos from now on if it has no pad token.
         rows: dicts with `prompt` and `completion`, `messages`, or `text`.
         config: see `SFTConfig`.
@@ -229,16 +176,18 @@ def fine_tune(
         FloatingPointError: a gradient is not finite; the parameters are those before the bad step.
     """
     config = config or SFTConfig()
+    if config.lora.rank:
+        give_adapters(model, config.lora)
     names = ("the model", "rows", "eval_rows")
     data = _prepare(model, prepare_tokenizer(tokenizer), rows, eval_rows, config, names)
     return _train(model, data, _plan(data.train, config), config, report or (lambda metrics: None))
 
 
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write model and tokenizer as a plain Hugging Face folder, which appears whole or not at all."""
+    """Write model (adapters alone where it has any) and tokenizer as a folder that appears whole or not at all."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    save_model(model, partial)
     tokenizer.save_pretrained(partial)
     if folder.exists():
         shutil.rmtree(folder)
@@ -257,7 +206,7 @@ def _prepare(
     check_vocabulary(model, tokenizer, names[0])
     if config.packing:
         check_packing(model)
-    longest = _longest_sample(model, config)
+    longest = longest_text(model, config.max_tokens)
     tokenized = tokenize_rows(rows, tokenizer, config.rows, longest, config.overlong, names[1])
     train, skipped, truncated = tokenized.samples, tokenized.skipped, tokenized.truncated
     held_out = None
@@ -274,20 +223,11 @@ def _prepare(
     return _Data(train, held_out, skipped, truncated)
 
 
-def _longest_sample(model: PreTrainedModel, config: SFTConfig) -> int:
-    context = context_length(model)
-    if config.max_tokens is None:
-        return min(context or DEFAULT_MAX_TOKENS, DEFAULT_MAX_TOKENS)
-    if context is not None and config.max_tokens > context:
-        raise UserError(f"max_tokens is {config.max_tokens}, expected at most the model's context of {context}")
-    return config.max_tokens
-
-
 def _train(
     model: PreTrainedModel, data: _Data, batches: Sequence[Batch], config: SFTConfig, report: Report
 ) -> FineTuning:
     steps = len(batches)
-    optimizer = _optimizer(model, config)
+    optimizer = Optimizer(model, config, steps)
     passes = Passes(config.packing, config.microbatch_tokens, config.autocast)
     loss, eval_loss = math.nan, None
     model.eval()
@@ -297,18 +237,13 @@ def _train(
     report(first)
     for step, (epoch, chosen) in enumerate(batches, 1):
         started = time.perf_counter()
-        rate = config.learning_rate * schedule_factor(step - 1, steps, config.warmup_steps, config.schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         with checkpointed_layers(model) if config.gradient_checkpointing else nullcontext():
             loss = accumulate_gradients(model, data.train, chosen, passes)
-        norm = _update(model, optimizer, config, step)
         tokens = float(data.train.lengths[chosen].sum())
-        metrics = {"step": float(step), "epoch": epoch, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
+        metrics = {"step": float(step), "epoch": epoch, "loss": loss} | optimizer.update(step)
         metrics |= {"tokens": tokens, "target_tokens": float(data.train.target_counts[chosen].sum())}
         metrics["time/tokens_per_second"] = tokens / (time.perf_counter() - started)
-        due = step == steps or (config.eval_every > 0 and step % config.eval_every == 0)
-        if due and data.held_out is not None:
+        if data.held_out is not None and config.evaluates(step, steps):
             eval_loss = mean_loss(model, data.held_out, config.batch_size, passes)
             metrics["eval_loss"] = eval_loss
         report(metrics)
@@ -324,47 +259,5 @@ def _counts(data: _Data) -> dict[str, float]:
 
 
 def _plan(samples: TokenizedSamples, config: SFTConfig) -> list[Batch]:
-    """Every batch of the run."""
     generator = np.random.default_rng([config.seed, 0])
-    batches: list[Batch] = []
-    epoch = 0
-    while config.max_steps is not None or epoch < config.epochs:
-        order = generator.permutation(len(samples))
-        used = np.cumsum(samples.lengths[order])
-        start = 0
-        while start < len(order):
-            end = start + config.batch_size
-            if config.batch_tokens is not None:
-                before = used[start - 1] if start else 0
-                end = max(start + 1, int(np.searchsorted(used, before + config.batch_tokens, side="right")))
-            batches.append((epoch + min(end, len(order)) / len(order), order[start:end]))
-            if len(batches) == config.max_steps:
-                return batches
-            start = end
-        epoch += 1
-    return batches
-
-
-def _optimizer(model: PreTrainedModel, config: SFTConfig) -> torch.optim.AdamW:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=True,
-    )
-
-
-def _update(model: PreTrainedModel, optimizer: torch.optim.AdamW, config: SFTConfig, step: int) -> float:
-    """Clip the gradients and move the parameters; returns the gradients' norm before clipping."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    norm = float(nn.utils.clip_grad_norm_(trained, config.max_gradient_norm or math.inf))
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"the gradient's norm is {norm} at step {step}: lower learning_rate")
-    optimizer.step()
-    return norm
+    return plan_batches(len(samples), config, generator, samples.lengths, config.batch_tokens)

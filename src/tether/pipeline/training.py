@@ -7,6 +7,7 @@ algorithm; whoever calls it brings `build`.
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -20,8 +21,11 @@ from tether.config import config_to_dict
 from tether.errors import UserError
 from tether.ppo import Learner
 from tether.runs import Run, load_state, refuse_run, save_state
+from tether.runs.alarms import AlarmLog, AlarmsConfig
 from tether.runs.random_states import random_states, set_random_states
 from tether.train import Iteration, World, iterate
+
+logger = logging.getLogger(__name__)
 
 WorldT = TypeVar("WorldT", bound=World)
 
@@ -71,6 +75,8 @@ def train_in_folder(
     resume: bool = False,
     report: Callable[[Iteration], None] | None = None,
     constants: Callable[[WorldT], dict[str, Any]] | None = None,
+    begin: Callable[[WorldT, Path], None] | None = None,
+    alarms: AlarmsConfig | None = None,
 ) -> Trained[WorldT]:
     """Train to the end of the run.
 
@@ -84,6 +90,9 @@ def train_in_folder(
         resume: go on with the run that the folder holds.
         report: told of every iteration, after it was logged.
         constants: of the world; kept in each checkpoint beside the state, for `build` to compare.
+        begin: called with the world and the folder before the first iteration, again where a run is resumed that was
+            killed before its first checkpoint. It must leave all random states as they were.
+        alarms: when to raise one; each is logged as a warning and written to the folder. None: never.
 
     Raises:
         UserError: something the user brought cannot work.
@@ -106,6 +115,7 @@ def train_in_folder(
             run.update_config(config_to_dict(config))
         saved, newest = learner.iteration, found[1] if found else None
         constant = constants(world) if constants is not None else {}
+        watch = AlarmLog(folder, alarms) if alarms is not None else None
 
         def save() -> Path:
             state = {**boundary, "learner": learner.state_dict(), **constant}
@@ -115,8 +125,12 @@ def train_in_folder(
         boundary, complete = _boundary(world), learner.iteration
         with _Interruption() as interruption:
             try:
+                if begin is not None and learner.iteration == 0:
+                    begin(world, folder)
                 for iteration in iterate(world, learner):
                     run.log(iteration.number, iteration.metrics)
+                    for alarm in watch.log(iteration.number, iteration.metrics) if watch is not None else ():
+                        logger.warning("alarm in iteration %d: %s", alarm.iteration, alarm.message)
                     run.log_episodes(
                         iteration.number,
                         world.episodes(iteration.trajectories, iteration.advantages, iteration.returns),
@@ -173,11 +187,13 @@ def _write(checkpoint: Path, world: World, state: dict[str, Any]) -> None:
 
 
 def _keep_responses(folder: Path, iteration: int, error: BaseException) -> None:
-    """Responses whose scoring failed are written beside the metrics, so that they can be looked at."""
+    """Responses whose scoring failed are written beside the metrics, and the error says where."""
     responses = getattr(error, "responses", None)
     if responses:
         lines = [json.dumps({"iteration": iteration, **response}, ensure_ascii=False) for response in responses]
-        (folder / "unscored.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        path = folder / "unscored.jsonl"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        error.args = (f"{error}; {len(lines)} responses without a score: {path}",)
 
 
 class _Interruption:

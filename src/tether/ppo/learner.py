@@ -41,7 +41,8 @@ class LearnerConfig:
     warmup_iterations: int = 0
     """Iterations over which the learning rates rise linearly from 0."""
     value_warmup_iterations: int = 0
-    """First iterations in which the critic's own parameters alone are trained."""
+    """First iterations in which the critic's own parameters alone are trained: policy and adaptive β stay as they are
+    (value pre-training of VC-PPO, Yuan et al. 2025, who take observed returns: `value_lam` 1)."""
     adam_beta1: float = 0.9
     """Adam's decay of the first moment (Kingma and Ba 2015)."""
     adam_beta2: float = 0.999
@@ -175,6 +176,7 @@ class Learner:
                 total.add(sums)
             if stopped:
                 break
+        policy_moved = not self._warming_value_up
         self.iteration += 1
         self.updating = False
         metrics = total.means() | rates | {"optimizer_steps": float(total.count), "stopped_early": float(stopped)}
@@ -182,7 +184,8 @@ class Learner:
             metrics["explained_variance"] = explained_variance(trajectories.values, returns, trajectories.mask)
         if kl is not None:
             metrics["beta"] = self.kl.beta
-            self.kl.update(*kl)
+            if policy_moved:  # a β that follows the KL of a policy that stands still would drift away
+                self.kl.update(*kl)
         return metrics
 
     def _accumulate_gradients(self, batch: _Batch, rows: Tensor) -> dict[str, float]:

@@ -37,8 +37,9 @@ class Caller:
     functions run together in one event loop, the same one for every call, so that a connection they keep stays usable.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, flag: str = "--reward.timeout") -> None:
         self.timeout = timeout
+        self.flag = flag  # that raises it, for messages
         self._worker: SimpleQueue[Task | None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -111,7 +112,7 @@ class Caller:
             future.cancel()
             raise RewardError(
                 f"reward `{function.label}` has not returned after {self.timeout:g} s for {len(completions)} "
-                "completions: mend it, or raise `--reward.timeout`"
+                f"completions: mend it, or raise `{self.flag}`"
             )
         if future.cancelled():
             raise RewardError(f"reward `{function.label}` was cancelled while it ran: does it cancel its own task?")

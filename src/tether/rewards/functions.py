@@ -13,7 +13,7 @@ from typing import Any
 from tether.errors import RewardError, UserError
 from tether.rewards.calling import Caller
 from tether.rewards.loading import GIVEN, RewardFunction, check_columns, describe, load_reward
-from tether.rewards.verifiers import Text, text_of
+from tether.rewards.verifiers import ExampleError, Text, text_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class RewardsConfig:
     functions: tuple[str, ...] = ()
     """Each `file.py:name`, `package.module:name`, `http://…` (a remote scorer), or built in, with options after `?`:
     `exact_match?answer=answer`, `regex?pattern=…`, `numeric?answer=answer&right=1&wrong=-1`, `arithmetic`,
-    `math_verify`, `length?max_tokens=…`, `format`, `judge?model=…&url=…`."""
+    `math_verify`, `length?per_token=…`, `format`, `judge?model=…&url=…`."""
     weights: tuple[float, ...] = ()
     """One factor per function, the task's own first where there is one; none given: all 1."""
     timeout: float = 300.0
@@ -50,6 +50,7 @@ class Rewards:
         config: which functions, their weights, the time limit.
         functions: Python callables instead of `config.functions`, for use from Python.
         first: a callable that comes before them all: the verifier of a task.
+        section: of the configuration that `config` is, for messages: `reward` or `gold`.
 
     Raises:
         UserError: a function cannot be loaded, or the weights do not fit.
@@ -60,6 +61,7 @@ class Rewards:
         config: RewardsConfig,
         functions: Sequence[Callable[..., Any]] | None = None,
         first: Callable[..., Any] | None = None,
+        section: str = "reward",
     ) -> None:
         if functions is None:
             loaded = [load_reward(spec) for spec in config.functions]
@@ -68,29 +70,34 @@ class Rewards:
         if first is not None:
             loaded.insert(0, _from_callable(first))
         if not loaded:
-            raise UserError("no reward: name at least one function, as in `--reward.functions rewards.py:correct`")
+            raise UserError(f"no reward: name at least one function, as in `--{section}.functions rewards.py:correct`")
         weights = config.weights or (1.0,) * len(loaded)
         if len(weights) != len(loaded):
-            raise UserError(f"reward.weights has {len(weights)} numbers for {len(loaded)} functions; expected one each")
+            found = f"{section}.weights has {len(weights)} numbers for {len(loaded)} functions"
+            raise UserError(f"{found}; expected one each")
         for weight in weights:
             if not math.isfinite(weight):
-                raise UserError(f"reward.weights holds {weight}; expected finite numbers")
+                raise UserError(f"{section}.weights holds {weight}; expected finite numbers")
         if not config.timeout > 0:
-            raise UserError(f"reward.timeout is {config.timeout:g}; expected seconds above 0")
+            raise UserError(f"{section}.timeout is {config.timeout:g}; expected seconds above 0")
         self.functions: dict[str, RewardFunction] = {}
         for function in loaded:
             self.functions[_free_name(function.name, self.functions)] = function
         self.weights = tuple(weights)
-        self._caller = Caller(config.timeout)
+        self._caller = Caller(config.timeout, f"--{section}.timeout")
 
     def check(
-        self, columns: Mapping[str, Sequence[Any]] | Iterable[str], prompts: Sequence[Text] | None = None
+        self,
+        columns: Mapping[str, Sequence[Any]] | Iterable[str],
+        prompts: Sequence[Text] | None = None,
+        places: Sequence[str] | None = None,
     ) -> None:
         """Whether every function gets the columns that it requires; to be called before anything is computed.
 
         Args:
             columns: the data set's columns: their names, or names and values.
             prompts: all prompts. With them and the columns' values, the built-in verifiers also read every answer.
+            places: where each prompt is from, for messages, such as its file and row.
 
         Raises:
             UserError: a column is missing, or holds an answer that a built-in verifier cannot read.
@@ -101,7 +108,12 @@ class Rewards:
             offline = function.built_in and getattr(function.call, "offline", True)
             if offline and prompts is not None and isinstance(columns, Mapping):
                 given = {"prompts": prompts, "completions": [""] * len(prompts), "completion_ids": [[]] * len(prompts)}
-                function.call(**{**columns, **given})
+                try:
+                    function.call(**{**columns, **given})
+                except ExampleError as error:
+                    if places is None:
+                        raise
+                    raise UserError(f"{places[error.index]}: {error.alone}") from error
 
     def __call__(
         self,

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tether.errors import RewardError, UserError
-from tether.rewards.client import AnswerError, Service, ask_all
-from tether.rewards.remote import bearer, check_service
+from tether.rewards.client import AnswerError, Service
 from tether.rewards.verifiers import Text, text_of
 
 RUBRIC = """\
@@ -30,18 +29,16 @@ SCORE = re.compile(r"score[\"'*_` ]*[:=][\"'*_` ]*(?P<score>[+-]?\d+(?:\.\d+)?)"
 NUMERAL = re.compile(r"[+-]?\d+(?:\.\d+)?")
 
 
-@dataclass(frozen=True)
-class Judge:
+@dataclass(frozen=True, kw_only=True)
+class Judge(Service):
     """The rating that a judge gives each completion, from 0 (its `low`) to 1 (its `high`).
 
     The judge is asked by `POST URL/chat/completions`. Of its answer the number after the last `Score:` counts, or the
-    whole answer where it is a number.
+    whole answer where it is a number. `url` is where the service's API begins, as in http://localhost:8000/v1.
     """
 
     model: str
     """Name of the model, as the service knows it."""
-    url: str
-    """Where the service's API begins, for example http://localhost:8000/v1."""
     rubric: str = ""
     """File with the question to the judge; it may name `{prompt}`, `{completion}`, `{low}`, `{high}` and any column.
     Without one: helpful, correct and harmless."""
@@ -55,22 +52,21 @@ class Judge:
     max_tokens: int = 512
     """Longest answer of the judge."""
     concurrency: int = 8
-    """Requests under way at once."""
     timeout: float = 120.0
-    """Seconds for one attempt."""
-    retries: int = 5
-    """Further attempts for a request that failed, each after twice the wait of the one before."""
-    backoff: float = 0.5
-    """Seconds before the second attempt."""
     token_env: str = "OPENAI_API_KEY"
-    """Environment variable with the service's key; where it is not set none is sent."""
+    """Environment variable with the service's key; where this one is not set none is sent."""
     template: str = field(init=False, repr=False)
 
     missing_column = "the rubric names it"
     offline = False  # a question to a service is not asked to see whether it could be
 
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+        return f"reward `judge` ({self.address})"
+
     def __post_init__(self) -> None:
-        check_service("reward `judge`", self.url, self.concurrency, self.timeout, self.retries, self.backoff)
+        super().__post_init__()
         if not self.low < self.high:
             raise UserError(f"reward `judge`: low is {self.low:g}, high is {self.high:g}; expected low below high")
         if self.max_tokens < 1 or self.temperature < 0:
@@ -123,13 +119,11 @@ class Judge:
                     "max_tokens": self.max_tokens,
                 }
             )
-        headers = bearer("reward `judge`", self.token_env, needed=False)
-        url = self.url.rstrip("/") + "/chat/completions"
-        service = Service(url, self.timeout, self.retries, self.backoff, headers=headers)
+        path = "chat/completions" if self.url.endswith("/") else "/chat/completions"
         try:
-            return ask_all(service, payloads, [self._read] * len(payloads), self.concurrency)
+            return self.ask_all(payloads, [self._read] * len(payloads), path)
         except AnswerError as error:
-            raise RewardError(f"reward `judge` ({self.url}): {error}") from error
+            raise RewardError(f"{self.label}: {error}") from error
 
     def _read(self, answer: Any, last: bool) -> float:
         try:

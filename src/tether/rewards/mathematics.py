@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tether.errors import RewardError, UserError
+from tether.errors import UserError
 from tether.rewards.scoring import require, scoring_process
-from tether.rewards.verifiers import Text, text_of
+from tether.rewards.verifiers import ExampleError, Text, text_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class MathVerify:
         for index, (completion, answer) in enumerate(zip(completions, columns[self.answer], strict=True)):
             if answer is None or not str(answer).strip():
                 found = "null" if answer is None else "empty"
-                raise RewardError(f"math_verify: column `{self.answer}` of example {index} is {found}; {EXPECTED}")
+                raise ExampleError("math_verify", f"column `{self.answer}`", index, f"is {found}; {EXPECTED}")
             text = text_of(completion)
             request = {"expected": str(answer), "given": text if text.strip() else None, "timeout": self.timeout}
             # parsing both and comparing have a limit each; what does not heed it is ended a little later
@@ -57,9 +57,8 @@ class MathVerify:
             verdict = reply.get("verdict", "late")
             late += verdict == "late"
             if verdict == "gold":
-                raise RewardError(
-                    f"math_verify: column `{self.answer}` of example {index} is {str(answer)[-60:]!r}; {EXPECTED}"
-                )
+                found = f"is {str(answer)[-60:]!r}; {EXPECTED}"
+                raise ExampleError("math_verify", f"column `{self.answer}`", index, found)
             score = self.right if verdict == "right" else self.wrong
             if verdict == "wrong" and self.partial is not None:
                 score = self.partial

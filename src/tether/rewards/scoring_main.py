@@ -18,6 +18,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 MOST_MEMORY = 4 * 2**30  # bytes of address space: 9^9^9^9 ends as an error, not as a full machine
@@ -128,10 +130,29 @@ class Mathematics:
         return found if any(not isinstance(part, str) for part in found) else []
 
 
+def stand_in_for_pycosat() -> None:
+    """Let python-sat solve what reasoning-gym asks of pycosat, where that is not installed: it has no wheels.
+
+    One task asks, and only whether a puzzle has a second solution, so the problems are the same with either.
+    """
+    if find_spec("pycosat") is not None:
+        return
+    solver: Any = import_module("pysat.solvers").Solver
+
+    def itersolve(clauses: list[tuple[int, ...]]) -> Iterator[list[int]]:
+        with solver(name="minisat22", bootstrap_with=clauses) as opened:
+            yield from opened.enum_models()
+
+    module = ModuleType("pycosat")
+    module.itersolve = itersolve  # type: ignore[attr-defined]
+    sys.modules["pycosat"] = module
+
+
 class Gyms:
     """Data sets of reasoning-gym by what they were asked for with, each made when it is first asked for."""
 
     def __init__(self) -> None:
+        stand_in_for_pycosat()
         import_module("reasoning_gym")
         self.made: dict[str, Gym] = {}
 

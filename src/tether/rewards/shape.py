@@ -13,46 +13,18 @@ from tether.rewards.verifiers import Text, text_of
 
 @dataclass(frozen=True)
 class Length:
-    """A number for the length of a completion in tokens, eos included: `per_token` for each, less the overlong penalty.
-
-    The soft overlong punishment of DAPO (Yu et al. 2025, equation 13), with L_max = `max_tokens`, L_cache = `buffer`:
-    0 up to L_max − L_cache tokens, then falling in a straight line to −1 at L_max, and −1 beyond; times `penalty`.
-    """
+    """`per_token` for each token of a completion, eos included. For a limit there is `collect.overlong_penalty`."""
 
     per_token: float = 0.0
     """Added for each token; below 0 shorter is better."""
-    max_tokens: int | None = None
-    """L_max of the overlong penalty. None: no such penalty."""
-    buffer: int = 0
-    """L_cache: over how many tokens before `max_tokens` the penalty grows. 0: all of it beyond `max_tokens`."""
-    penalty: float = 1.0
-    """What the whole penalty takes away."""
 
     def __post_init__(self) -> None:
-        if self.max_tokens is None and not self.per_token:
-            raise UserError(
-                "reward `length` rewards nothing: give `per_token`, or `max_tokens` for the overlong penalty, as in "
-                "`length?max_tokens=512&buffer=128`"
-            )
-        if self.max_tokens is None:
-            if self.buffer:
-                raise UserError("reward `length`: option `buffer` is of the overlong penalty: give `max_tokens` too")
-        elif self.max_tokens < 1 or not 0 <= self.buffer <= self.max_tokens:
-            raise UserError(
-                f"reward `length`: max_tokens is {self.max_tokens}, buffer {self.buffer}; expected max_tokens of at "
-                "least 1, and a buffer from 0 to max_tokens"
-            )
+        if not self.per_token:
+            raise UserError("reward `length` rewards nothing: give `per_token`, as in `length?per_token=-0.001`")
 
     def __call__(self, completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
         """One score per completion."""
-        return [self.per_token * len(ids) - self.penalty * self._overlong(len(ids)) for ids in completion_ids]
-
-    def _overlong(self, length: int) -> float:
-        if self.max_tokens is None or length <= self.max_tokens - self.buffer:
-            return 0.0
-        if length >= self.max_tokens and (self.buffer or length > self.max_tokens):
-            return 1.0
-        return (length - (self.max_tokens - self.buffer)) / self.buffer
+        return [self.per_token * len(ids) for ids in completion_ids]
 
 
 @dataclass(frozen=True)
@@ -110,4 +82,7 @@ class Format:
 
 def is_finite(value: object) -> bool:
     """Whether `value` is a number of JSON that can be a score: no bool, no NaN, no infinity."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return False

@@ -7,13 +7,16 @@ problems in every run. Knows nothing of models.
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tether.errors import UserError
+from tether.errors import RewardError, UserError
 from tether.rewards.scoring import require, scoring_process
 from tether.rewards.verifiers import Text, text_of
+
+logger = logging.getLogger(__name__)
 
 MOST_PROBLEMS = 1_000_000  # reasoning-gym seeds problem i with seed + i, so seeds are spread this far apart
 MOST_SEED = 4000  # times MOST_PROBLEMS still below 2^32
@@ -79,13 +82,22 @@ class Task:
             self.rows.append({"prompt": reply["question"], "answer": reply["answer"], "problem": index})
 
     def __call__(self, completions: Sequence[Text], problem: Sequence[int]) -> list[float]:
-        """One score per completion; 0 for an answer that cannot be read, or not in time."""
-        scores = []
+        """One score per completion; 0 for an answer that cannot be read, or not in time, which a warning counts.
+
+        Raises:
+            RewardError: the problem cannot be made again, in a process that took the place of one that was ended.
+        """
+        scores, late = [], 0
         for completion, index in zip(completions, problem, strict=True):
             question = {"of": self._of, "index": int(index), "given": stated_answer(text_of(completion))}
             reply = scoring_process("gym").ask(question, SCORING)
-            score = 0.0 if reply is None else float(reply.get("score", 0.0))
+            if reply is not None and "score" not in reply:
+                raise RewardError(f"task `{self.name}`: problem {index} cannot be scored: {reply.get('error', reply)}")
+            late += reply is None
+            score = 0.0 if reply is None else float(reply["score"])
             scores.append(score if self.partial else float(score >= 1.0))
+        if late:
+            logger.warning("%s: %d of %d answers took too long to score and get 0", self.name, late, len(scores))
         return scores
 
 

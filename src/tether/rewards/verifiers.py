@@ -21,6 +21,20 @@ from tether.rewards.numeric import last_expression, stated_number
 Text = str | Sequence[dict[str, Any]]
 
 
+class ExampleError(RewardError):
+    """An example that a verifier cannot score, whatever the completion: its answer or its prompt is at fault.
+
+    Attributes:
+        index: which of the examples that were given.
+        alone: the message without that number, for callers who know a better name of the example.
+    """
+
+    def __init__(self, verifier: str, what: str, index: int, problem: str) -> None:
+        super().__init__(f"{verifier}: {what} of example {index} {problem}")
+        self.index = index
+        self.alone = f"{verifier}: {what} {problem}"
+
+
 def text_of(completion: Text) -> str:
     """The text of a completion: itself, or the content of its last message."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
@@ -47,7 +61,7 @@ class ExactMatch:
         scores = []
         for index, (completion, answer) in enumerate(zip(completions, columns[self.answer], strict=True)):
             if answer is None:
-                raise RewardError(f"exact_match: column `{self.answer}` of example {index} is null; expected an answer")
+                raise ExampleError("exact_match", f"column `{self.answer}`", index, "is null; expected an answer")
             given, expected = text_of(completion).strip(), str(answer).strip()
             if self.ignore_case:
                 given, expected = given.casefold(), expected.casefold()
@@ -116,7 +130,7 @@ class Numeric:
     def __call__(self, completions: Sequence[Text], **columns: Any) -> list[float]:
         """One score per completion; RewardError where an answer states no number."""
         answers = columns[self.answer]
-        expected = [_expected(answer, f"column `{self.answer}` of example {i}") for i, answer in enumerate(answers)]
+        expected = [_expected(answer, self.answer, index) for index, answer in enumerate(answers)]
         return [_grade(completion, number, self) for completion, number in zip(completions, expected, strict=True)]
 
 
@@ -138,17 +152,15 @@ class Arithmetic:
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
         """One score per completion; RewardError where a prompt holds no expression that has a value."""
         scores = []
-        for prompt, completion in zip(prompts, completions, strict=True):
+        for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             text = text_of(prompt)
-            shown = " ".join(text.split())[-80:]
+            shown = f"the prompt {' '.join(text.split())[-80:]!r}"
             try:
                 expression = last_expression(text)
             except ZeroDivisionError as error:
-                raise RewardError(
-                    f"arithmetic: the prompt {shown!r} divides by zero: take it out of the data"
-                ) from error
+                raise ExampleError("arithmetic", shown, index, "divides by zero: take it out of the data") from error
             if expression is None:
-                raise RewardError(f"arithmetic: the prompt {shown!r} holds no expression such as `12 + 7`")
+                raise ExampleError("arithmetic", shown, index, "holds no expression such as `12 + 7`")
             scores.append(_grade(completion, expression[1], self))
         return scores
 
@@ -162,7 +174,7 @@ def _grade(completion: Text, expected: Fraction, verifier: Numeric | Arithmetic)
     return verifier.wrong if verifier.partial is None else verifier.partial
 
 
-def _expected(answer: object, where: str) -> Fraction:
+def _expected(answer: object, column: str, index: int) -> Fraction:
     """The number that the answer column states."""
     number = None
     if isinstance(answer, str):
@@ -170,5 +182,6 @@ def _expected(answer: object, where: str) -> Fraction:
     elif isinstance(answer, numbers.Real | Decimal) and not isinstance(answer, bool) and math.isfinite(answer):
         number = Fraction(str(answer))  # 0.1 as the user wrote it, not as the nearest binary fraction
     if number is None:
-        raise RewardError(f"numeric: {where} is {str(answer)[-60:]!r}; expected a number or a text that states one")
+        found = f"is {str(answer)[-60:]!r}; expected a number or a text that states one"
+        raise ExampleError("numeric", f"column `{column}`", index, found)
     return number

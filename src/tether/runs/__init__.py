@@ -4,7 +4,7 @@ Knows nothing of training: imports neither the loop nor the pipeline.
 """
 
 from .display import Display
-from .episodes import StoredEpisode, count_episodes, read_episode, read_episodes
+from .episodes import StoredEpisode, count_episodes, read_episode, read_episodes, read_revisited
 from .folder import Run, latest_checkpoint, read_config, read_metrics, refuse_run
 from .state import load_state, save_state
 
@@ -19,6 +19,7 @@ __all__ = [
     "read_episode",
     "read_episodes",
     "read_metrics",
+    "read_revisited",
     "refuse_run",
     "save_state",
 ]

@@ -155,6 +155,19 @@ def read_episode(folder: str | Path, id: int) -> StoredEpisode:
     return _stored(rows[0])
 
 
+def read_revisited(folder: str | Path, limit: int = 4) -> list[tuple[StoredEpisode, StoredEpisode]]:
+    """The first and the last episode of the same prompt, for prompts that were visited in iterations far apart.
+
+    Those furthest apart come first. Safe while the run is going on.
+    """
+    query = (
+        "SELECT MIN(id) AS first, MAX(id) AS last FROM episodes GROUP BY prompt HAVING MIN(iteration) < MAX(iteration) "
+        "ORDER BY MAX(iteration) - MIN(iteration) DESC, first LIMIT ?"
+    )
+    pairs = _query(folder, query, [limit])
+    return [(read_episode(folder, pair["first"]), read_episode(folder, pair["last"])) for pair in pairs]
+
+
 def count_episodes(folder: str | Path, iteration: int | None = None) -> int:
     """How many episodes the run in `folder` has stored, of one iteration or of all."""
     where, parameters = ("WHERE iteration = ?", [iteration]) if iteration is not None else ("", [])

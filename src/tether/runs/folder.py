@@ -5,6 +5,9 @@
     tensorboard/     the same numbers as TensorBoard events
     episodes.db      every sampled episode (see `episodes`)
     unscored.jsonl   responses whose scoring failed, if it ever did
+    alarms.jsonl     alarms that were raised and cleared, if there were any (see `alarms`)
+    frontier.json    what the best of n responses of the reference score, where that was drawn
+    report.html      what `tether report` made of it all
     checkpoints/     the newest states (see `checkpoints`)
     lock             says who is writing
 
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 UNSCORED_FILE = "unscored.jsonl"
+ALARMS_FILE = "alarms.jsonl"
+FRONTIER_FILE = "frontier.json"
+REPORT_FILE = "report.html"
 TENSORBOARD_FOLDER = "tensorboard"
 CHECKPOINTS_FOLDER = "checkpoints"
 TIME_PREFIX = "time/"
@@ -92,7 +98,7 @@ class Run:
             if not overwrite:
                 refuse_run(folder)
             _clear(folder)
-            _replace(folder / CONFIG_FILE, dump_yaml(config).encode())
+            replace_file(folder / CONFIG_FILE, dump_yaml(config).encode())
         except BaseException:
             lock.release()
             raise
@@ -115,7 +121,7 @@ class Run:
 
     def update_config(self, config: Mapping[str, Any]) -> None:
         """Replace config.yaml, for a run that goes on with some fields changed."""
-        _replace(self.folder / CONFIG_FILE, dump_yaml(config).encode())
+        replace_file(self.folder / CONFIG_FILE, dump_yaml(config).encode())
         self.config = dict(config)
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
@@ -179,7 +185,7 @@ class Run:
         if metrics.exists():
             lines = metrics.read_bytes().splitlines(keepends=True)
             numbered = ((_iteration(line), line) for line in lines)
-            _replace(metrics, b"".join(line for n, line in numbered if n is not None and n <= iteration))
+            replace_file(metrics, b"".join(line for n, line in numbered if n is not None and n <= iteration))
         if (self.folder / EPISODES_FILE).exists():
             self._open_episodes().remove_after(iteration)
         checkpoints.remove_after(self.folder / CHECKPOINTS_FOLDER, iteration)
@@ -255,7 +261,8 @@ def _clear(folder: Path) -> None:
     for name in (CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER):
         shutil.rmtree(folder / name, ignore_errors=True)
     databases = (EPISODES_FILE, f"{EPISODES_FILE}-wal", f"{EPISODES_FILE}-shm")
-    for name in (CONFIG_FILE, METRICS_FILE, UNSCORED_FILE, *databases):
+    derived = (UNSCORED_FILE, ALARMS_FILE, FRONTIER_FILE, REPORT_FILE)
+    for name in (CONFIG_FILE, METRICS_FILE, *derived, *databases):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -285,7 +292,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def _replace(file: Path, data: bytes) -> None:
+def replace_file(file: Path, data: bytes) -> None:
     """Write a file so that it has the old content or the new, never a part."""
     partial = file.with_name(f".{file.name}.partial")
     with partial.open("wb") as stream:
