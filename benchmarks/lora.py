@@ -30,6 +30,7 @@ from tether.pipeline import demo
 from tether.pipeline.ppo import Parts, PPOConfig, train_ppo
 from tether.pipeline.sft import fine_tune
 from tether.ppo import LearnerConfig
+from tether.train import Iteration
 
 RANK = 16
 LEARNING_RATE = 3e-3  # of the adapters; full PPO takes the demonstration's 5e-4
@@ -76,25 +77,38 @@ def accuracy(seed: int) -> None:
     print("| " + " | ".join(cells) + " |", flush=True)
 
 
+def largest_memory() -> int:
+    """This process's largest resident memory so far, MiB."""
+    # not getrusage, whose maximum begins with that of the process which started this one
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) // 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
 def memory(way: str, model: str) -> None:
-    """Two iterations in this process, then its largest resident memory in MiB."""
+    """Three iterations in this process: its largest memory after two, and after the checkpoint that ends the third."""
+    training = 0
+
+    def report(step: Iteration) -> None:
+        nonlocal training
+        if step.number == 2:
+            training = largest_memory()
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if way != "only imports":
             config = PPOConfig(
                 model=model,
                 output=str(folder / "run"),
-                iterations=2,
+                iterations=3,
                 sampling=SamplingConfig(max_new_tokens=16),
                 collect=CollectConfig(prompts=4),
                 learner=LearnerConfig(epochs=1, minibatches=1, microbatch_size=32),
                 **WAYS[way],  # type: ignore[arg-type]
             )
             questions = [f"What is {number} + {number}?" for number in range(8)]
-            train_ppo(config, Parts(prompts=questions, reward=lambda completions, **_: [len(t) for t in completions]))
-    # not getrusage, whose maximum begins with that of the process which started this one
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    print(next(int(line.split()[1]) // 1024 for line in status.splitlines() if line.startswith("VmHWM")))
+            parts = Parts(prompts=questions, reward=lambda completions, **_: [len(text) for text in completions])
+            train_ppo(config, parts, report=report)
+    print(training, largest_memory())
 
 
 def measure_memory() -> None:
@@ -103,14 +117,16 @@ def measure_memory() -> None:
         tokenizer = demo.make_tokenizer()
         GPT2LMHeadModel(GPT2Config(eos_token_id=tokenizer.eos_token_id)).save_pretrained(name)
         tokenizer.save_pretrained(name)
-        print("| | peak memory, MiB | above the imports |\n|---|---|---|", flush=True)
+        print("| MiB above the imports | while training | with a checkpoint |\n|---|---|---|", flush=True)
         imports = 0
         for way in WAYS:
             command = [sys.executable, __file__, "one-memory", way, name]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            peak = int(done.stdout.split()[-1])
-            imports = imports or peak
-            print(f"| {way} | {peak:,} | {peak - imports:,} |", flush=True)
+            training, peak = map(int, done.stdout.split()[-2:])
+            if way == "only imports":
+                imports = peak
+            else:
+                print(f"| {way} | {training - imports:,} | {peak - imports:,} |", flush=True)
 
 
 def main() -> None:

@@ -26,13 +26,10 @@ GOES_WITH = {
     "coffee": "milk",
     "bread": "butter",
     "soup": "pepper",
-    "fish": "lemon",
-    "salad": "oil",
-    "cheese": "grapes",
     "cake": "cream",
 }
 """What can be ordered, and the one thing that goes with it."""
-PRAISE = ("Lovely", "Wonderful", "Splendid", "Marvellous", "Delightful", "Excellent")
+PRAISE = ("Lovely", "Wonderful", "Splendid", "Marvellous")
 ENOUGH = 3
 """Words of praise after which each further one is fawning."""
 TEMPERATURE = 0.5

@@ -81,6 +81,7 @@ def save_model(folder: Path, tokenizer: PreTrainedTokenizerBase, width: int, lay
         n_embd=width,
         n_layer=layers,
         n_head=heads,
+        initializer_range=0.1,  # the usual 0.02 is for widths near a thousand
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -102,8 +103,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--demonstrations", type=int, default=8000)
-    parser.add_argument("--prompts", type=int, default=240)
-    parser.add_argument("--held-out", type=int, default=80)
+    parser.add_argument("--prompts", type=int, default=160)
+    parser.add_argument("--held-out", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0, help="of the texts and of the models' weights")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)

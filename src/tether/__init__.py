@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from tether.control.world import ControlCollectConfig, ControlWorld
     from tether.episode import Episode
     from tether.errors import RewardError, UserError
+    from tether.language.adapters import LoRAConfig
     from tether.language.environment import TokenEnv
     from tether.language.policy import LanguagePolicy
+    from tether.language.preferences import PreferencesConfig, load_preferences
     from tether.language.prompts import PromptsConfig
+    from tether.language.reference import ReferenceConfig
     from tether.language.sampler import Sampler, SamplingConfig
     from tether.language.world import CollectConfig, LanguageWorld
     from tether.pipeline.control import (
@@ -32,11 +35,17 @@ if TYPE_CHECKING:
         train_control,
     )
     from tether.pipeline.evaluate import EvalConfig, evaluate
+    from tether.pipeline.export import ExportConfig, export
+    from tether.pipeline.frontier import FrontierConfig
     from tether.pipeline.ppo import Parts, PPOConfig, Trained, build_ppo, train_ppo
+    from tether.pipeline.reward_model import RewardModelConfig, train_reward_model
+    from tether.pipeline.score import ScoreConfig, score
     from tether.pipeline.sft import SFTConfig, fine_tune, sft
     from tether.ppo import AdvantageConfig, KLConfig, Learner, LearnerConfig, Trajectories
     from tether.rewards import Rewards, RewardsConfig, check_reward
+    from tether.rewards.models import RewardModel
     from tether.runs import read_episodes, read_metrics
+    from tether.runs.alarms import AlarmsConfig
     from tether.train import Iteration, World, iterate
 
 _HOMES = {
@@ -45,9 +54,12 @@ _HOMES = {
     "tether.control.world": ("ControlCollectConfig", "ControlWorld"),
     "tether.episode": ("Episode",),
     "tether.errors": ("RewardError", "UserError"),
+    "tether.language.adapters": ("LoRAConfig",),
     "tether.language.environment": ("TokenEnv",),
     "tether.language.policy": ("LanguagePolicy",),
+    "tether.language.preferences": ("PreferencesConfig", "load_preferences"),
     "tether.language.prompts": ("PromptsConfig",),
+    "tether.language.reference": ("ReferenceConfig",),
     "tether.language.sampler": ("Sampler", "SamplingConfig"),
     "tether.language.world": ("CollectConfig", "LanguageWorld"),
     "tether.pipeline.control": (
@@ -58,17 +70,24 @@ _HOMES = {
         "train_control",
     ),
     "tether.pipeline.evaluate": ("EvalConfig", "evaluate"),
+    "tether.pipeline.export": ("ExportConfig", "export"),
+    "tether.pipeline.frontier": ("FrontierConfig",),
     "tether.pipeline.ppo": ("PPOConfig", "Parts", "Trained", "build_ppo", "train_ppo"),
+    "tether.pipeline.reward_model": ("RewardModelConfig", "train_reward_model"),
+    "tether.pipeline.score": ("ScoreConfig", "score"),
     "tether.pipeline.sft": ("SFTConfig", "fine_tune", "sft"),
     "tether.ppo": ("AdvantageConfig", "KLConfig", "Learner", "LearnerConfig", "Trajectories"),
     "tether.rewards": ("Rewards", "RewardsConfig", "check_reward"),
+    "tether.rewards.models": ("RewardModel",),
     "tether.runs": ("read_episodes", "read_metrics"),
+    "tether.runs.alarms": ("AlarmsConfig",),
     "tether.train": ("Iteration", "World", "iterate"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AdvantageConfig",
+    "AlarmsConfig",
     "CollectConfig",
     "ControlCollectConfig",
     "ControlConfig",
@@ -79,22 +98,30 @@ __all__ = [
     "EnvironmentsConfig",
     "Episode",
     "EvalConfig",
+    "ExportConfig",
+    "FrontierConfig",
     "Iteration",
     "KLConfig",
     "LanguagePolicy",
     "LanguageWorld",
     "Learner",
     "LearnerConfig",
+    "LoRAConfig",
     "NetworkConfig",
     "PPOConfig",
     "Parts",
+    "PreferencesConfig",
     "PromptsConfig",
+    "ReferenceConfig",
     "RewardError",
+    "RewardModel",
+    "RewardModelConfig",
     "Rewards",
     "RewardsConfig",
     "SFTConfig",
     "Sampler",
     "SamplingConfig",
+    "ScoreConfig",
     "TokenEnv",
     "Trained",
     "Trajectories",
@@ -105,13 +132,17 @@ __all__ = [
     "check_reward",
     "evaluate",
     "evaluate_control",
+    "export",
     "fine_tune",
     "iterate",
+    "load_preferences",
     "read_episodes",
     "read_metrics",
+    "score",
     "sft",
     "train_control",
     "train_ppo",
+    "train_reward_model",
 ]
 
 

@@ -160,8 +160,14 @@ def test_a_frozen_twin_stays_behind() -> None:
 
 
 def test_layers_that_are_not_there_are_named_beside_those_that_are() -> None:
-    with pytest.raises(UserError, match=r"lora.target_modules is c_attn: .* end in down_proj, gate_proj, .*lm_head"):
-        give_adapters(make_model(), LoRAConfig(rank=2, target_modules=("c_attn",)))
+    message = r"target_modules: the name of no layer ends in c_attn; .* end in down_proj, gate_proj, .*, v_proj"
+    for targets in (("c_attn",), ("q_proj", "c_attn")):
+        with pytest.raises(UserError, match=message):
+            give_adapters(make_model(), LoRAConfig(rank=2, target_modules=targets))
+    with pytest.raises(
+        UserError, match=r"lora: no adapters for this model \(ValueError: Target module .* not supported"
+    ):
+        give_adapters(make_model(), LoRAConfig(rank=2, target_modules=("input_layernorm",)))
 
 
 def test_a_model_has_adapters_once() -> None:

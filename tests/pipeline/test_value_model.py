@@ -137,7 +137,7 @@ def test_a_context_that_is_too_short_is_refused(tmp_path: Path) -> None:
 def test_a_policy_is_no_reward_model(tmp_path: Path) -> None:
     save_reward_model(tmp_path)
     make_tokenizer().save_pretrained(tmp_path / "lm")
-    with pytest.raises(UserError, match="not a reward model"):
+    with pytest.raises(UserError, match=r"value_model .*lm: not a reward model"):
         build_ppo(settings(tmp_path, str(tmp_path / "lm")), parts())
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +76,7 @@ def give_adapters(model: PreTrainedModel, config: LoRAConfig, folder: str | None
             found = "are of another kind" if rank is None else f"have rank {rank}"
             raise UserError(f"lora.rank is {config.rank}, but the adapters in {folder} {found}")
         return model
+    _check_targets(model, config.target_modules)
     targets = list(config.target_modules) or "all-linear"
     alpha: Any = config.alpha  # declared as int by peft, which only divides it
     _add(model, LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM"))
@@ -233,6 +234,18 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
+    """Each must be the end of some layer's name: of several, peft would pass over one that is not."""
+    names = dict(model.named_modules())
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            linear = {name.rpartition(".")[2] for name, layer in names.items() if isinstance(layer, nn.Linear | Conv1D)}
+            raise UserError(
+                f"lora.target_modules: the name of no layer ends in {target}; those of the linear layers end in "
+                f"{', '.join(sorted(linear))}"
+            )
+
+
 def _add(model: PreTrainedModel, config: Any, folder: str | None = None, name: str = POLICY) -> None:
     """Put adapters into a model, float32 and on its device."""
     from peft.functional import cast_adapter_dtype
@@ -242,14 +255,6 @@ def _add(model: PreTrainedModel, config: Any, folder: str | None = None, name: s
             warnings.simplefilter("ignore", UserWarning)  # of a GPT-2's transposed weights, which peft sees to itself
             model.add_adapter(config, name)
     except (ValueError, ImportError) as error:
-        wanted = sorted(config.target_modules or ())
-        if folder is None and wanted != ["all-linear"]:
-            layers = model.named_modules()
-            ends = sorted({key.rpartition(".")[2] for key, layer in layers if isinstance(layer, nn.Linear | Conv1D)})
-            raise UserError(
-                f"lora.target_modules is {', '.join(wanted)}: {reason(error)}; the model's linear layers end in "
-                f"{', '.join(ends)}"
-            ) from error
         raise UserError(f"{folder or 'lora'}: no adapters for this model ({reason(error)})") from error
     ends_of_model = (model.get_input_embeddings(), model.get_output_embeddings())
     if model.config.get_text_config().tie_word_embeddings and any(hasattr(end, "base_layer") for end in ends_of_model):

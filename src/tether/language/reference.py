@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -166,7 +165,10 @@ class ModelReference(Reference):
             self._drop()
         elif self.config.offload == "disk":
             self._folder = tempfile.TemporaryDirectory(prefix="tether-reference-")
-            save_file({n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}, self._file)
+            self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+            with open(self._file, "wb") as file:
+                for parameter in model.parameters():
+                    file.write(_bytes(parameter.data.cpu().contiguous()))
             self._drop()
 
     def _check_offload(self) -> None:
@@ -176,7 +178,15 @@ class ModelReference(Reference):
     @property
     def _file(self) -> Path:
         assert self._folder is not None
-        return Path(self._folder.name) / "reference.safetensors"
+        return Path(self._folder.name) / "weights"
+
+    def _read(self) -> Iterator[tuple[str, Tensor]]:
+        """From the file, one by one: mapped into memory at once, the weights would be there twice."""
+        with open(self._file, "rb") as file:
+            for name, parameter in self.model.named_parameters():
+                weight = torch.empty(self._shapes[name], dtype=parameter.dtype)
+                file.readinto(_bytes(weight))
+                yield name, weight
 
     def _drop(self) -> None:
         for parameter in self.model.parameters():
@@ -188,10 +198,9 @@ class ModelReference(Reference):
         if self.config.offload == "none":
             yield self.model
             return
-        weights = self._away if self._folder is None else load_file(self._file)
-        for name, parameter in self.model.named_parameters():
-            parameter.data = weights[name].to(self._device, copy=True)
-        del weights
+        parameters = dict(self.model.named_parameters())
+        for name, weight in self._read() if self._folder is not None else self._away.items():
+            parameters[name].data = weight.to(self._device)
         try:
             yield self.model
         finally:
@@ -252,6 +261,11 @@ class AdapterReference(Reference):
     def _weights_of(self, policy: LanguagePolicy) -> dict[str, Tensor]:
         theirs = adapter_weights(policy.model, POLICY)
         return {name.replace(f".{POLICY}", f".{REFERENCE}"): parameter.data for name, parameter in theirs.items()}
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return tensor.flatten().view(torch.uint8).numpy().data
 
 
 @torch.no_grad()

@@ -39,7 +39,10 @@ def critic_from_reward_model(
     Raises:
         UserError: there is no such reward model, or it cannot be this policy's critic.
     """
-    reward = RewardModel(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    try:
+        reward = RewardModel(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    except UserError as error:
+        raise UserError(f"value_model {error}") from error
     if len(reward.members) > 1:
         raise UserError(f"value_model {path}: an ensemble; the critic starts from one of it: {path}/member-0")
     model, known = reward.members[0], reward.tokenizers[0].get_vocab()

@@ -236,7 +236,7 @@ def _iterations(data: RunData) -> str:
             "How it learns",
             [
                 ("clip fraction", "share of steps", [("clip_fraction", "clip fraction")]),
-                ("update size", "KL of before to after, per step", [("approx_kl", "KL")]),
+                ("update size", "KL per step", [("approx_kl", "KL")]),
                 ("explained variance", "of the critic", [("explained_variance", "explained variance")]),
                 ("β", "of the KL penalty", [("beta", "β")]),
             ],

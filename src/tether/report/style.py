@@ -71,5 +71,6 @@ footer{margin-top:40px;border-top:1px solid var(--line);padding-top:10px}
 @page{margin:14mm}
 @media print{main{max-width:none;padding:0}body{font-size:12px}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}
-.cards,.grid{grid-template-columns:1fr 1fr}section.whole,.alarms li{break-inside:avoid}h2,h3{break-after:avoid}}
+.cards{grid-template-columns:1fr 1fr}.grid{grid-template-columns:repeat(3,1fr)}
+section.whole,.alarms li{break-inside:avoid}h2,h3{break-after:avoid}}
 """
