@@ -41,6 +41,7 @@ from tether.control.environments import Environments
 from tether.control.policy import StateContext
 from tether.control.world import ControlCollectConfig, ControlWorld, load_policy
 from tether.errors import UserError
+from tether.language import reference as reference_module
 from tether.language import sampler as sampler_module
 from tether.language import world as language_module
 from tether.language.environment import TokenEnv, score_with_rewards
@@ -344,12 +345,12 @@ def sampled_log_probs_at_temperature_one(patch: pytest.MonkeyPatch, roads: Roads
 
 
 def reference_at_another_temperature(patch: pytest.MonkeyPatch, roads: Roads) -> None:
-    real = language_module.reference_log_probs
+    real = reference_module.reference_log_probs
 
     def changed(model: Any, context: Any, actions: Tensor, mask: Tensor) -> Tensor:
         return real(model, replace(context, temperature=1.0), actions, mask)
 
-    patch.setattr(language_module, "reference_log_probs", changed)
+    patch.setattr(reference_module, "reference_log_probs", changed)
 
 
 def penalise_every_response(patch: pytest.MonkeyPatch, roads: Roads) -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tether.cli import main
+from tether.language.models import load_causal_lm, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples/hh"
@@ -170,6 +172,37 @@ def test_pairs_that_cannot_be_split_end_in_one_line(
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--width", "100"], "--width is 100, expected a multiple of 64"),
+        (["--vocabulary", "100"], "--vocabulary is 100, expected at least 258"),
+        (["--layers", "0"], "--layers is 0, expected 1 or more"),
+    ],
+)
+def test_a_model_of_impossible_size_is_refused(
+    data: Path, flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        MAKE_MODEL.main([str(data / "dialogues.jsonl"), *flags])
+    assert said in capsys.readouterr().err
+
+
+def test_the_model_is_made_from_its_seed_and_its_tokenizer_writes_every_text(data: Path, tmp_path: Path) -> None:
+    small = ["--vocabulary", "300", "--layers", "1", "--width", "64"]
+    loaded = []
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        MAKE_MODEL.main([str(data / "dialogues.jsonl"), "--output", str(tmp_path / name), "--seed", seed, *small])
+        loaded.append(load_causal_lm(str(tmp_path / name)))
+    first, again, other = (torch.cat([p.flatten() for p in model.parameters()]) for model in loaded)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    tokenizer = load_tokenizer(str(tmp_path / "a"))
+    text = "\n\nHuman: naïve ’quotes’ 你好\n\nAssistant:"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
+
+
 # What is compared ---------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +254,6 @@ def commands_of(page: Path) -> list[str]:
     return [line for line in lines if line.startswith(("tether ", "python "))]
 
 
-@pytest.mark.slow
 def test_the_commands_of_the_page_run_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

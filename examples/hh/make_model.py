@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from tether.errors import UserError
 from tether.language.rows import load_rows
@@ -31,6 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=256, help="longest text in tokens")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     options = parser.parse_args(arguments)
+    if options.width < 64 or options.width % 64:
+        parser.error(f"--width is {options.width}, expected a multiple of 64")
+    if options.vocabulary < 258:
+        parser.error(f"--vocabulary is {options.vocabulary}, expected at least 258: every byte, and two special tokens")
+    for name in ("layers", "context"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} is {getattr(options, name)}, expected 1 or more")
     try:
         rows = load_rows(options.path, "train")
     except UserError as error:
@@ -38,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "text" not in rows[0]:
         sys.exit(f"error: {options.path}: no column `text`, expected the file `dialogues.jsonl` that prepare.py wrote")
     tokenizer = make_tokenizer([row["text"] for row in rows], options.vocabulary)
+    disable_progress_bar()
     torch.manual_seed(options.seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

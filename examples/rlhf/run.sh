@@ -18,9 +18,9 @@ tether sft --model "$out/base" --data "$out/demonstrations.jsonl" --output "$out
     --epochs 3 --batch-size 64 --learning-rate 3e-3 --adam-beta2 0.98 --warmup-steps 20
 
 # 3. Its responses, two by two before the annotator
-tether generate --model "$out/sft/policy" --prompts.path "$out/prompts.jsonl" --samples 128 --seed "$seed" \
+tether generate --model "$out/sft/policy" --prompts.path "$out/prompts.jsonl" --samples 192 --seed "$seed" \
     --sampling.max-new-tokens 32 --sampling.batch-size 1024 --output "$out/responses.jsonl" --overwrite
-tether generate --model "$out/sft/policy" --prompts.path "$out/held_out.jsonl" --samples 96 --seed "$((seed + 1))" \
+tether generate --model "$out/sft/policy" --prompts.path "$out/held_out.jsonl" --samples 192 --seed "$((seed + 1))" \
     --sampling.max-new-tokens 32 --sampling.batch-size 1024 --output "$out/sft_held_out.jsonl" --overwrite
 python "$here/annotator.py" "$out/responses.jsonl" "$out/comparisons.jsonl" --seed "$seed"
 python "$here/annotator.py" "$out/sft_held_out.jsonl" "$out/comparisons_held_out.jsonl" --seed "$((seed + 1))"
@@ -28,11 +28,31 @@ python "$here/annotator.py" "$out/sft_held_out.jsonl" "$out/comparisons_held_out
 # 4. A reward model, compared with the Bayes rate on orders that it has not seen
 tether reward --model "$out/sft/policy" --preferences.path "$out/comparisons.jsonl" --preferences.duplicates keep \
     --eval-data "$out/comparisons_held_out.jsonl" --output "$out/reward" --overwrite --seed "$seed" \
-    --epochs 4 --batch-size 64 --learning-rate 3e-3 --adam-beta2 0.98 --warmup-steps 20
+    --epochs 3 --batch-size 64 --learning-rate 3e-3 --adam-beta2 0.98 --warmup-steps 20
 
-# 5. PPO against it, held at the KL that best-of-16 has at most: log 16 − 15/16 = 1.835 nats
+# 5. PPO against it, held near the most that best-of-16 can have: log 16 − 15/16 = 1.835 nats
 tether ppo --model "$out/sft/policy" --prompts.path "$out/prompts.jsonl" --output "$out/ppo" --overwrite --seed "$seed" \
     --reward.functions "reward_model?path=$out/reward/model" --gold.functions "$here/annotator.py:utility" \
     --sampling.max-new-tokens 32 --collect.prompts 256 --iterations 60 --checkpoint-every 60 \
     --kl.beta 0.5 --kl.target 1.75 --kl.horizon 2000 --advantage.lam 1 \
     --learner.epochs 2 --learner.learning-rate 1e-3 --learner.value-learning-rate 3e-3 --learner.schedule linear
+tether report "$out/ppo"
+
+# 6. Is it better than the best of 16? On orders that nothing was trained on, by the annotator's own utility
+policy=$(ls -d "$out"/ppo/checkpoints/*/policy | tail -n 1)
+tether generate --model "$policy" --prompts.path "$out/held_out.jsonl" --samples 48 --seed "$seed" \
+    --sampling.max-new-tokens 32 --sampling.batch-size 1024 --output "$out/ppo_held_out.jsonl" --overwrite
+tether score --model "$out/reward/model" --data "$out/sft_held_out.jsonl" --output "$out/sft_scored.jsonl" --overwrite
+tether score --model "$out/reward/model" --data "$out/ppo_held_out.jsonl" --output "$out/ppo_scored.jsonl" --overwrite
+python "$here/compare.py" --reference "$out/sft/policy" --samples "$out/sft_scored.jsonl" --policy "$out/ppo_scored.jsonl" \
+    --output "$out/comparison.json"
+
+# 7. The same against a reward model that is too small, with a loose tether: what it praises, it gets
+tether reward --model "$out/tiny" --preferences.path "$out/comparisons.jsonl" --preferences.duplicates keep \
+    --eval-data "$out/comparisons_held_out.jsonl" --output "$out/small_reward" --overwrite --seed "$seed" \
+    --max-steps 150 --batch-size 64 --learning-rate 1e-2 --adam-beta2 0.98
+tether ppo --model "$out/sft/policy" --prompts.path "$out/prompts.jsonl" --output "$out/fooled" --overwrite --seed "$seed" \
+    --reward.functions "reward_model?path=$out/small_reward/model" --gold.functions "$here/annotator.py:utility" \
+    --sampling.max-new-tokens 32 --collect.prompts 128 --iterations 60 --checkpoint-every 60 --kl.beta 0.02 \
+    --advantage.lam 1 --learner.epochs 2 --learner.learning-rate 1e-3 --learner.value-learning-rate 3e-3
+tether report "$out/fooled"

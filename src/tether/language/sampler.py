@@ -199,7 +199,8 @@ class _Decoder:
         self.mask = (torch.arange(longest, device=policy.device) >= longest - lengths[:, None]).long()
         self.positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)
         self.cache: Any = DynamicCache(config=policy.model.config)
-        self.value_cache: Any = DynamicCache(config=policy.value_trunk.config) if policy.value_trunk is not None else None
+        trunk = policy.value_trunk
+        self.value_cache: Any = None if trunk is None else DynamicCache(config=trunk.config)
 
     def next(self) -> tuple[Tensor, Tensor]:
         """Logits (n, V) of the next token and V (n,) of the state before it."""

@@ -363,7 +363,7 @@ class LanguageWorld:
         return self._batch
 
     def save_policy(self, folder: Path) -> None:
-        """`policy/`, a Hugging Face folder (of adapters alone where it has any) with its tokenizer; the critic beside it."""
+        """`policy/`, a Hugging Face folder (of adapters alone where it has any), its tokenizer, and the critic."""
         save_model(self.policy.model, folder / "policy")
         self.tokenizer.save_pretrained(folder / "policy")
         critic = {name: p.detach().cpu().contiguous() for name, p in self.policy.critic_parameters().items()}
