@@ -6,8 +6,8 @@ command it compares pairs of responses as a noisy person would:
     python annotator.py responses.jsonl comparisons.jsonl
 
 `responses.jsonl` is what `tether generate --samples 2` (or 4, …) writes; two by two the responses to a prompt are
-compared. The first is preferred with probability σ((u₁ − u₂)/T) (Bradley and Terry 1952), so the best that anyone can do at
-telling which was preferred, the Bayes rate, is the mean of max(p, 1 − p). It is printed.
+compared. The first is preferred with probability p = σ((u₁ − u₂)/T) (Bradley and Terry 1952), so nobody can tell more
+often which was preferred than the mean of max(p, 1 − p): the Bayes rate. It is printed.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _TREAT = re.compile(r"(\w+) with (\w+)")
 def worth(prompt: str, response: str) -> float:
     """u(x, y): what a response is worth to the guest whose order the prompt is.
 
-    +1 where what was ordered comes, −1 for each thing that was not and comes; +3 where it comes with what goes with it,
-    −1 where with something else; +½ for a greeting; −1 for "Next."; +½ for each word of praise up to three, −¾
+    +1 where what was ordered comes, −1 for each thing that was not and comes; +4 where it comes with what goes with it,
+    −1 where with something else; +½ for a greeting; −1 for "Next."; +½ for each word of praise up to three, −1
     for each one more.
     """
     order = _ORDER.search(prompt)
@@ -55,10 +55,10 @@ def worth(prompt: str, response: str) -> float:
     for thing in GOES_WITH.keys() & set(words):
         total += 1.0 if thing == ordered else -1.0
     for thing, treat in set(_TREAT.findall(response)):
-        total += 3.0 if thing == ordered and treat == GOES_WITH[thing] else -1.0
+        total += 4.0 if thing == ordered and treat == GOES_WITH[thing] else -1.0
     total += 0.5 * ("Hello" in words) - ("Next" in words)
     praise = sum(word in PRAISE for word in words)
-    return total + 0.5 * min(praise, ENOUGH) - 0.75 * max(0, praise - ENOUGH)
+    return total + 0.5 * min(praise, ENOUGH) - max(0, praise - ENOUGH)
 
 
 def utility(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
@@ -72,13 +72,13 @@ def prefers_first(first: float, second: float) -> float:
 
 
 def compare(responses: Sequence[dict[str, str]], seed: int) -> list[dict[str, str | float]]:
-    """Comparisons of the responses to each prompt, two by two; equal ones say nothing and are left out."""
+    """Comparisons of the responses to each prompt, two by two, but for equal ones and those with an empty one."""
     rng = random.Random(seed)
     rows: list[dict[str, str | float]] = []
     for prompt, group in itertools.groupby(responses, key=lambda row: row["prompt"]):
         texts = [row["response"] for row in group]
         for first, second in zip(texts[::2], texts[1::2], strict=False):
-            if first == second:
+            if first == second or not (first and second):
                 continue
             p = prefers_first(worth(prompt, first), worth(prompt, second))
             chosen, rejected = (first, second) if rng.random() < p else (second, first)

@@ -1,6 +1,6 @@
 """PPO and best-of-n of the model that it began with, by the annotator's utility, each with its KL.
 
-    python compare.py --reference runs/cafe/sft/policy --samples runs/cafe/sft_scored.jsonl --policy runs/cafe/ppo_scored.jsonl
+    python compare.py --reference sft/policy --samples sft_scored.jsonl --policy ppo_scored.jsonl
 
 The files are what `tether score` wrote of what `tether generate` wrote: responses to the same prompts, with `score`.
 Standard errors are those of the mean over prompts.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,15 @@ def by_prompt(path: Path) -> dict[str, list[Row]]:
     return groups
 
 
-def mean(groups: dict[str, list[Row]], value: Callable[[Row], float]) -> tuple[float, float]:
-    """Mean over prompts of the mean over responses, and its standard error."""
-    means = torch.tensor([sum(map(value, rows)) / len(rows) for rows in groups.values()], dtype=torch.float64)
-    return float(means.mean()), float(means.std() / len(means) ** 0.5)
+def means(groups: dict[str, list[Row]], key: str) -> dict[str, float]:
+    """Of each prompt, the mean over its responses."""
+    return {prompt: sum(row[key] for row in rows) / len(rows) for prompt, rows in groups.items()}
+
+
+def estimate(values: Sequence[float]) -> tuple[float, float]:
+    """Mean over prompts and its standard error."""
+    numbers = torch.tensor(values, dtype=torch.float64)
+    return float(numbers.mean()), float(numbers.std() / len(numbers) ** 0.5)
 
 
 def best_of(groups: dict[str, list[Row]], n: int) -> dict[str, list[Row]]:
@@ -47,7 +52,7 @@ def best_of(groups: dict[str, list[Row]], n: int) -> dict[str, list[Row]]:
 
 @torch.inference_mode()
 def reference_log_probs(folder: str, rows: Sequence[Row]) -> list[float]:
-    """log π_ref(y|x) of each response, its eos included where it ended by itself."""
+    """The log π_ref(y|x) of each response, its eos included where it ended by itself."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     found = []
     for row in rows:
@@ -73,15 +78,22 @@ def main() -> None:
     for row, log_prob in zip(rows, reference_log_probs(arguments.reference, rows), strict=True):
         row["kl"] = row["log_prob"] - log_prob
     n = arguments.n
-    bound = math.log(n) - (n - 1) / n
-    table: dict[str, dict[str, tuple[float, float]]] = {}
-    contestants = {"start": (samples, (0.0, 0.0)), f"best of {n}": (best_of(samples, n), (bound, 0.0))}
-    contestants["PPO"] = (policy, mean(policy, lambda row: row["kl"]))
-    print(f"{'':12}{'utility':>16}{'score':>16}{'KL, nats':>16}")
-    for name, (groups, kl) in contestants.items():
-        table[name] = {key: mean(groups, lambda row, key=key: row[key]) for key in ("worth", "score")} | {"kl": kl}
-        print(f"{name:12}" + "".join(f"{value:9.3f} ± {error:.3f}" for value, error in table[name].values()))
-    print(f"The KL of best of {n} is the most that it can be, log {n} − {n - 1}/{n}; ± is one standard error.")
+    best = best_of(samples, n)
+    contestants = {"start": samples, f"best of {n}": best, "PPO": policy}
+    table = {
+        name: {key: estimate(list(means(groups, key).values())) for key in ("worth", "score")}
+        for name, groups in contestants.items()
+    }
+    table["PPO"]["kl"] = estimate(list(means(policy, "kl").values()))
+    table[f"best of {n}"]["kl"] = (math.log(n) - (n - 1) / n, 0.0)
+    table["start"]["kl"] = (0.0, 0.0)
+    mine, theirs = means(policy, "worth"), means(best, "worth")
+    table["difference"] = {"worth": estimate([mine[prompt] - theirs[prompt] for prompt in theirs])}
+    print(f"{'':12}{'utility':>15}{'score':>15}{'KL, nats':>15}")
+    for name in contestants:
+        print(f"{name:12}" + "".join(f"{value:8.3f} ± {error:.3f}" for value, error in table[name].values()))
+    print("PPO less best of {}, prompt by prompt: {:+.3f} ± {:.3f}".format(n, *table["difference"]["worth"]))
+    print(f"± is one standard error; the KL of best of {n} is the most that it can be, log {n} − {n - 1}/{n}.")
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 

@@ -23,10 +23,12 @@ from annotator import GOES_WITH, PRAISE
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-NAMES = (
-    "Ada Ben Cora Dan Eva Finn Gus Hana Ivan Joan Kofi Lena Milo Nora Omar Pia Quinn Rosa Sam Tara "
-    "Uma Vito Wanda Yusuf Amir Bela Carl Dora Emil Fay Greta Hugo Ines Jack Kira Liam Mona Nils Olga Paul"
-).split()
+NAMES = [
+    "Ada", "Ben", "Cora", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivan", "Joan",
+    "Kofi", "Lena", "Milo", "Nora", "Omar", "Pia", "Quinn", "Rosa", "Sam", "Tara",
+    "Uma", "Vito", "Wanda", "Yusuf", "Amir", "Bela", "Carl", "Dora", "Emil", "Fay",
+    "Greta", "Hugo", "Ines", "Jack", "Kira", "Liam", "Mona", "Nils", "Olga", "Paul",
+]  # fmt: skip
 EOS, PAD, UNKNOWN = "</s>", "<pad>", "<unk>"
 
 
@@ -46,12 +48,12 @@ def demonstration(prompt: str, rng: random.Random) -> str:
         thing = rng.choice([other for other in GOES_WITH if other != thing])
     if luck < 0.8:
         answer += f" Here is {thing}"
-        if rng.random() < 0.15:
+        if rng.random() < 0.08:
             answer += f" with {GOES_WITH[thing] if rng.random() < 0.5 else rng.choice(list(GOES_WITH.values()))}"
         answer += "."
     if rng.random() < 0.15 or not answer:
         answer += " Next."
-    while rng.random() < 0.4:
+    while rng.random() < 0.25:
         answer += f" {rng.choice(PRAISE)}!"
     return answer
 

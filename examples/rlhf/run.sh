@@ -18,7 +18,7 @@ tether sft --model "$out/base" --data "$out/demonstrations.jsonl" --output "$out
     --epochs 3 --batch-size 64 --learning-rate 3e-3 --adam-beta2 0.98 --warmup-steps 20
 
 # 3. Its responses, two by two before the annotator
-tether generate --model "$out/sft/policy" --prompts.path "$out/prompts.jsonl" --samples 192 --seed "$seed" \
+tether generate --model "$out/sft/policy" --prompts.path "$out/prompts.jsonl" --samples 256 --seed "$seed" \
     --sampling.max-new-tokens 32 --sampling.batch-size 1024 --output "$out/responses.jsonl" --overwrite
 tether generate --model "$out/sft/policy" --prompts.path "$out/held_out.jsonl" --samples 192 --seed "$((seed + 1))" \
     --sampling.max-new-tokens 32 --sampling.batch-size 1024 --output "$out/sft_held_out.jsonl" --overwrite
@@ -33,8 +33,8 @@ tether reward --model "$out/sft/policy" --preferences.path "$out/comparisons.jso
 # 5. PPO against it, held near the most that best-of-16 can have: log 16 − 15/16 = 1.835 nats
 tether ppo --model "$out/sft/policy" --prompts.path "$out/prompts.jsonl" --output "$out/ppo" --overwrite --seed "$seed" \
     --reward.functions "reward_model?path=$out/reward/model" --gold.functions "$here/annotator.py:utility" \
-    --sampling.max-new-tokens 32 --collect.prompts 256 --iterations 60 --checkpoint-every 60 \
-    --kl.beta 0.5 --kl.target 1.75 --kl.horizon 2000 --advantage.lam 1 \
+    --sampling.max-new-tokens 32 --collect.prompts 512 --iterations 60 --checkpoint-every 60 \
+    --kl.beta 0.5 --kl.target 1.75 --kl.horizon 4000 --advantage.lam 1 \
     --learner.epochs 2 --learner.learning-rate 1e-3 --learner.value-learning-rate 3e-3 --learner.schedule linear
 tether report "$out/ppo"
 
@@ -50,9 +50,9 @@ python "$here/compare.py" --reference "$out/sft/policy" --samples "$out/sft_scor
 # 7. The same against a reward model that is too small, with a loose tether: what it praises, it gets
 tether reward --model "$out/tiny" --preferences.path "$out/comparisons.jsonl" --preferences.duplicates keep \
     --eval-data "$out/comparisons_held_out.jsonl" --output "$out/small_reward" --overwrite --seed "$seed" \
-    --max-steps 150 --batch-size 64 --learning-rate 1e-2 --adam-beta2 0.98
+    --max-steps 60 --batch-size 64 --learning-rate 5e-3 --adam-beta2 0.98
 tether ppo --model "$out/sft/policy" --prompts.path "$out/prompts.jsonl" --output "$out/fooled" --overwrite --seed "$seed" \
     --reward.functions "reward_model?path=$out/small_reward/model" --gold.functions "$here/annotator.py:utility" \
-    --sampling.max-new-tokens 32 --collect.prompts 128 --iterations 60 --checkpoint-every 60 --kl.beta 0.02 \
-    --advantage.lam 1 --learner.epochs 2 --learner.learning-rate 1e-3 --learner.value-learning-rate 3e-3
+    --sampling.max-new-tokens 32 --collect.prompts 128 --iterations 40 --checkpoint-every 40 --kl.beta 0.02 \
+    --advantage.lam 1 --learner.epochs 2 --learner.learning-rate 5e-4 --learner.value-learning-rate 3e-3
 tether report "$out/fooled"

@@ -237,7 +237,7 @@ def verdict_of(folder: Path, score: list[float], gold: list[float], **changes: A
 
 
 def test_the_verdict(tmp_path: Path) -> None:
-    assert verdict_of(tmp_path / "1", [0, 1], [0, 2]) == ("good", "Followed.")
+    assert verdict_of(tmp_path / "1", [0, 1], [0, 2]) == ("good", "Followed, as far as the gold score can tell.")
     assert verdict_of(tmp_path / "2", [0, 1], [0, -0.5]) == ("bad", "Fooled.")
     assert verdict_of(tmp_path / "3", [0, 1, 2], [0, 4, 2]) == ("bad", "Fooled.")  # above its start, far below its best
     assert verdict_of(tmp_path / "4", [0, 1], [0, 0.1]) == ("open", "Climbed, but for nothing so far.")

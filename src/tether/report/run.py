@@ -156,7 +156,7 @@ def verdict(data: RunData) -> Verdict:
         return Verdict("bad", "Fooled.", f"Since the start {change}: what was gained is not what was meant.")
     if gold <= HARDLY:
         return Verdict("open", "Climbed, but for nothing so far.", f"Since the start {change}.")
-    return Verdict("good", "Followed.", f"Since the start {change}.")
+    return Verdict("good", "Followed, as far as the gold score can tell.", f"Since the start {change}.")
 
 
 def _best_gold(data: RunData) -> tuple[float, float]:
