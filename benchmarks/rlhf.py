@@ -64,18 +64,26 @@ def improved(folder: Path) -> list[str]:
 
 
 def fooled(folder: Path) -> list[str]:
-    """Proxy and gold of the run against the small reward model: first, at gold's best, at the end; its alarm."""
+    """Proxy and truth of the run against the small reward model, when its alarm is raised, and the KL at the end."""
     metrics = tether.read_metrics(folder / "fooled")
-    smooth = [
-        [math.fsum(row[key] for row in metrics[i : i + LAST]) / LAST for key in ("score", "gold")]
-        for i in range(len(metrics) - LAST + 1)
+
+    def shown(rows: list[dict[str, Any]]) -> str:
+        proxy, truth = (math.fsum(row[key] for row in rows) / len(rows) for key in ("score", "gold"))
+        return f"{proxy:+.2f}, {truth:+.2f}"
+
+    best = max(range(len(metrics)), key=lambda i: metrics[i]["gold"])
+    file = folder / "fooled" / "alarms.jsonl"
+    alarms = read_lines(file) if file.exists() else []
+    raised = next((f"iteration {row['iteration']}" for row in alarms if row["kind"] == "gap"), "never")
+    last = metrics[-LAST:]
+    kl = math.fsum(row["kl_k1"] for row in last) / len(last)
+    return [
+        shown(metrics[:1]),
+        f"{shown(metrics[best : best + 1])} (iteration {best + 1})",
+        shown(last),
+        f"{kl:.0f}",
+        raised,
     ]
-    top = max(range(len(smooth)), key=lambda i: smooth[i][1])
-    first = [metrics[0]["score"], metrics[0]["gold"]]
-    alarms_file = folder / "fooled" / "alarms.jsonl"
-    alarms = read_lines(alarms_file) if alarms_file.exists() else []
-    gap = next((f"iteration {row['iteration']}" for row in alarms if row["kind"] == "gap"), "none")
-    return ["{:+.2f}, {:+.2f}".format(*pair) for pair in (first, smooth[top], smooth[-1])] + [gap]
 
 
 TABLES = {
@@ -89,7 +97,7 @@ TABLES = {
         improved,
     ),
     "PPO against the small reward model: proxy, true utility": (
-        ["first iteration", f"{LAST} iterations where the truth is highest", f"last {LAST}", "alarm raised"],
+        ["first iteration", "where the truth is highest", f"last {LAST}", "KL there, nats", "alarm raised"],
         fooled,
     ),
 }

@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import pytest
 
 from tests.malformed_inputs import (
     CONTROL,
+    DETAILS,
     ENVIRONMENTS,
     EVAL,
     FAILING_ENVIRONMENTS,
@@ -196,8 +198,8 @@ def _spoil(case: Case) -> None:
 
 def _fails(case: Case, capsys: pytest.CaptureFixture[str], section: str, port: int | None = None) -> None:
     """Run the command and check the line that it prints, against the case and against the page."""
-    if case.needs is not None:
-        pytest.importorskip(case.needs)
+    if case.needs is not None and find_spec(case.needs) is None:
+        pytest.skip(f"{case.needs} is not installed")
     capsys.readouterr()
     address = PORT if port is None else f"127.0.0.1:{port}"
     code = main(shlex.split(case.command.replace(PORT, address)))
@@ -257,7 +259,7 @@ def _each(*sections: list[Case]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("section", "case"), chosen, ids=ids)
 
 
-@_each(SETTINGS, MODELS, TOKENIZERS, PROMPTS, PREFERENCES, REWARDS, TASKS, SERVICES, ENVIRONMENTS)
+@_each(SETTINGS, MODELS, TOKENIZERS, PROMPTS, PREFERENCES, REWARDS, TASKS, DETAILS, SERVICES, ENVIRONMENTS)
 def test_a_mistake_is_found_before_anything_is_computed(
     section: str, case: Case, work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -288,6 +290,9 @@ def test_nothing_is_lost_when_a_service_fails(
     _kept_what_was_sampled(work / "run")
     service.over.set()
     service.good = 100
+    for thread in threading.enumerate():  # two threads that parse Python at once can trip over each other in 3.11
+        if thread.name.startswith("tether-service"):
+            thread.join(10)
     assert main(shlex.split(RESUME)) == 0
     assert [row["iteration"] for row in read_metrics(work / "run")] == [1, 2, 3]
     if "judge" not in case.command:  # the scorer gives what `rewards.py` gives

@@ -35,7 +35,7 @@ tether ppo --model "$out/sft/policy" --prompts.path "$out/prompts.jsonl" --outpu
     --reward.functions "reward_model?path=$out/reward/model" --gold.functions "$here/annotator.py:utility" \
     --sampling.max-new-tokens 32 --collect.prompts 512 --iterations 60 --checkpoint-every 60 \
     --kl.beta 0.5 --kl.target 1.75 --kl.horizon 4000 --advantage.lam 1 \
-    --learner.epochs 2 --learner.learning-rate 1e-3 --learner.value-learning-rate 3e-3 --learner.schedule linear
+    --learner.epochs 2 --learner.learning-rate 5e-4 --learner.value-learning-rate 3e-3 --learner.schedule linear
 tether report "$out/ppo"
 
 # 6. Is it better than the best of 16? On orders that nothing was trained on, by the annotator's own utility
