@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -24,7 +24,9 @@ from tests.models import (
 )
 from torch import Tensor
 
+from tether.language import decoding
 from tether.language import sampler as sampler_module
+from tether.language.decoding import Decoder, PlainDecoder, SlotDecoder
 from tether.language.policy import LanguagePolicy
 from tether.language.sampler import Sampler, SamplingConfig, draw, support_size
 
@@ -178,29 +180,15 @@ def test_values_of_a_trunk_of_its_own() -> None:
 
 
 def arranged_uniforms(monkeypatch: pytest.MonkeyPatch, sampler: Sampler, keys: Sequence[int]) -> None:
-    """Give the i-th sampled prompt the uniforms of its key, whatever batch it finds itself in."""
+    """Give the i-th sampled prompt the uniforms of its key, whatever it finds itself beside."""
     table = torch.rand(
         100, sampler.config.max_new_tokens, generator=torch.Generator().manual_seed(4), dtype=torch.float64
     )
-    waiting = list(keys)
-    rows: list[int] = []
-    steps = 0
-    start = sampler._sample_batch
-
-    def begin(prompt_ids: Sequence[Sequence[int]]) -> Any:
-        nonlocal steps
-        rows[:] = waiting[: len(prompt_ids)]
-        del waiting[: len(prompt_ids)]
-        steps = 0
-        return start(prompt_ids)
 
     def rand(*size: int, **_: Any) -> Tensor:
-        nonlocal steps
-        assert size == (len(rows),)
-        steps += 1
-        return table[rows, steps - 1]
+        assert size == (sampler.config.max_new_tokens, len(keys))
+        return table[list(keys)].T
 
-    monkeypatch.setattr(sampler, "_sample_batch", begin)
     monkeypatch.setattr(sampler_module.torch, "rand", rand)
 
 
@@ -232,35 +220,28 @@ def assert_same(found: dict[int, Any], expected: dict[int, Any]) -> None:
 
 @pytest.mark.parametrize("critic", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
-def test_results_do_not_depend_on_company_order_batch_size_or_compaction(
-    monkeypatch: pytest.MonkeyPatch, kind: str, critic: bool
+@pytest.mark.parametrize("decoder", [PlainDecoder, SlotDecoder])
+def test_results_do_not_depend_on_company_order_batch_size_or_decoder(
+    monkeypatch: pytest.MonkeyPatch, decoder: type[Decoder], kind: str, critic: bool
 ) -> None:
+    monkeypatch.setattr(SlotDecoder, "fits", lambda policy: decoder is SlotDecoder)
+    monkeypatch.setattr(decoding, "SLACK", 3)  # so that the buffers are tidied often
     config = SamplingConfig(max_new_tokens=16, temperature=1.2, top_p=0.95)
     sampler = make_sampler(config, kind, critic=critic)
     enough = torch.tensor([EOS, token("a"), token("bc"), token("d"), token("ca")])  # so that many end, at many steps
     sampler.end_ids = enough
-    kept: list[int] = []
-    keep: Callable[..., None] = sampler_module._Decoder.keep
-
-    def counted(decoder: Any, rows: Tensor) -> None:
-        kept.append(len(rows))
-        keep(decoder, rows)
-
-    monkeypatch.setattr(sampler_module._Decoder, "keep", counted)
     keys = list(range(24))
     together = sampled(monkeypatch, sampler, keys)
-    assert len(kept) >= 2
     assert len({len(ids) for ids, *_ in together.values()}) > 3
-    kept.clear()
     alone: dict[int, Any] = {}
     for key in keys[:6]:
         alone |= sampled(monkeypatch, sampler, [key])
-    assert not kept  # one response is never compacted
     assert_same(alone, together)
     assert_same(sampled(monkeypatch, sampler, keys[::-1]), together)
-    split = make_sampler(SamplingConfig(16, 1.2, top_p=0.95, batch_size=5), kind, critic=critic)
-    split.end_ids = enough
-    assert_same(sampled(monkeypatch, split, keys), together)
+    for size in (2, 5):
+        split = make_sampler(SamplingConfig(16, 1.2, top_p=0.95, batch_size=size), kind, critic=critic)
+        split.end_ids = enough
+        assert_same(sampled(monkeypatch, split, keys), together)
 
 
 def test_batches_are_joined_in_order() -> None:
@@ -294,24 +275,19 @@ def scripted(
     monkeypatch: pytest.MonkeyPatch, texts: Sequence[Sequence[str]], stop: tuple[str, ...], limit: int = 6
 ) -> Any:
     """Samples whose draws are these tokens; a row that has run out of them draws "f"."""
-    step = 0
-    order: list[int] = []
-    keep = sampler_module._Decoder.keep
+    where: list[tuple[int, int]] = []  # the response and the step of each row that is drawn
+    take = Sampler._take
 
-    def kept(decoder: Any, rows: Tensor) -> None:
-        order[:] = [order[i] for i in rows.tolist()]
-        keep(decoder, rows)
+    def taken(sampler: Sampler, drawn: Any, rows: Tensor, *read: Tensor) -> None:
+        where[:] = zip(rows.tolist(), drawn.lengths[rows].tolist(), strict=True)
+        take(sampler, drawn, rows, *read)
 
     def draws(logits: Tensor, uniforms: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor, None]:
-        nonlocal step
-        chosen = [token(texts[row][step]) if step < len(texts[row]) else token("f") for row in order]
-        step += 1
-        tokens = torch.tensor(chosen)
-        return tokens, torch.full(tokens.shape, -1.0), None
+        chosen = [token(texts[row][step]) if step < len(texts[row]) else token("f") for row, step in where]
+        return torch.tensor(chosen), torch.full((len(chosen),), -1.0), None
 
-    monkeypatch.setattr(sampler_module._Decoder, "keep", kept)
+    monkeypatch.setattr(Sampler, "_take", taken)
     monkeypatch.setattr(sampler_module, "draw", draws)
-    order[:] = range(len(texts))
     return make_sampler(SamplingConfig(max_new_tokens=limit, stop=stop)).sample([PROMPTS[0]] * len(texts))
 
 

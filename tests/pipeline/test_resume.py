@@ -93,10 +93,13 @@ def start(folder: Path, run: Path, settings: str = "settings.yaml") -> list[str]
 
 
 def moments(count: int, events: int, seed: int) -> list[Moment]:
-    """One in each stretch of the run; half of them right at a change of a file, half a random time after it."""
+    """One in each stretch of the run; half of them right at a change of a file, half a random time after it.
+
+    The last ones are all right at a change: the run is over soon after them.
+    """
     draw = random.Random(seed)
     edges = [round(i * events / count) for i in range(count + 1)]
-    delays = [draw.uniform(0.0, 0.02) if i % 2 else 0.0 for i in range(count)]
+    delays = [draw.uniform(0.0, 0.02) if i % 2 and i < count - 2 else 0.0 for i in range(count)]
     return [Moment(draw.randint(edges[i] + 1, edges[i + 1]), delays[i]) for i in range(count)]
 
 

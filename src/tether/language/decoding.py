@@ -1,0 +1,277 @@
+"""A causal LM (and the critic's trunk) reading a batch of sequences token by token, with a key-value cache.
+
+Two decoders give the same numbers. `PlainDecoder` is the definition: transformers' own cache, one batch after another.
+`SlotDecoder` is the fast one: keys and values lie in buffers that are made once, a row that has ended leaves at once, a
+waiting prompt takes its place, and prompts that are alike are read once.
+
+n = rows that are read, B = slots, H = heads, D = size of a head, L = columns of the cache, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from tether.language.policy import LanguagePolicy, decode_step
+
+SLACK = 64  # columns of a buffer beyond the longest sequence; it is tidied once in so many steps
+
+
+class Decoder(ABC):
+    """Rows of sequences that grow by one token at each step.
+
+    Args:
+        policy: whose model and critic read.
+        capacity: the most rows at once.
+        longest_prompt: tokens of the longest prompt that will be admitted.
+        most_tokens: the most that are drawn after a prompt.
+    """
+
+    def __init__(self, policy: LanguagePolicy, capacity: int, longest_prompt: int, most_tokens: int) -> None:
+        self.policy = policy
+        self.capacity = capacity
+        self.longest_prompt, self.most_tokens = longest_prompt, most_tokens
+        self.rows = 0
+
+    @property
+    @abstractmethod
+    def room(self) -> int:
+        """How many rows may be admitted now."""
+
+    @abstractmethod
+    def admit(self, prompt_ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Read prompts into new rows, after those that there are.
+
+        Returns:
+            Logits (m, V) of the first tokens of the m new rows and V (m,) of the states before them.
+        """
+
+    @abstractmethod
+    def step(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Read the next token (n,) of every row; returns logits (n, V) of those that follow and V (n,) before them."""
+
+    @abstractmethod
+    def keep(self, alive: Tensor) -> Tensor:
+        """Let go of the rows where `alive` (n,) is False; returns, for each row that stays, which one it was."""
+
+    def _read(self, inputs: dict[str, Any], caches: _Caches) -> tuple[Tensor, Tensor]:
+        logits, hidden, _ = decode_step(self.policy.model, inputs | {"past_key_values": caches.policy})
+        if self.policy.value_trunk is not None:
+            output = self.policy.value_trunk(**inputs, past_key_values=caches.critic, use_cache=True)
+            hidden = output.last_hidden_state[:, -1]
+        return logits, self.policy.values_of(hidden)
+
+
+class _Caches:
+    """One cache for the policy, one for the critic's own trunk where it has one."""
+
+    def __init__(self, policy: LanguagePolicy, make: Any) -> None:
+        self.policy = make(policy.model)
+        self.critic = None if policy.value_trunk is None else make(policy.value_trunk)
+
+    def all(self) -> list[Any]:
+        return [self.policy] if self.critic is None else [self.policy, self.critic]
+
+
+def _padded(prompt_ids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Prompts set flush right (m, L), so that all grow in the same column, and the columns (m,) where they begin."""
+    longest = max(len(ids) for ids in prompt_ids)
+    tokens = torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in prompt_ids], device=device)
+    return tokens, torch.tensor([longest - len(ids) for ids in prompt_ids])
+
+
+def _inputs(tokens: Tensor, starts: Tensor, end: int) -> dict[str, Any]:
+    """What a forward pass needs to read `tokens` (n, q) into the columns before `end`, rows beginning at `starts`.
+
+    Where all rows begin at column 0 there is no padding, and attention is fastest without a mask.
+    """
+    padded = bool(starts.any())
+    starts = starts.to(tokens.device)[:, None]
+    columns = torch.arange(end, device=tokens.device)
+    positions = (columns[end - tokens.shape[1] :] - starts).clamp(min=0)
+    inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": positions}
+    if padded:
+        inputs["attention_mask"] = (columns >= starts).long()
+    return inputs
+
+
+class PlainDecoder(Decoder):
+    """Batch after batch, with the cache that transformers makes for the model: right for every architecture."""
+
+    @property
+    def room(self) -> int:
+        """All or nothing."""
+        return 0 if self.rows else self.capacity
+
+    def admit(self, prompt_ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Read a new batch."""
+        self._caches = _Caches(self.policy, lambda model: DynamicCache(config=model.config))
+        tokens, self._starts = _padded(prompt_ids, self.policy.device)
+        self.rows, self._end = tokens.shape
+        return self._read(_inputs(tokens, self._starts, self._end), self._caches)
+
+    def step(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """One more column."""
+        self._end += 1
+        return self._read(_inputs(tokens[:, None], self._starts, self._end), self._caches)
+
+    def keep(self, alive: Tensor) -> Tensor:
+        """The others are copied together."""
+        kept = alive.nonzero().squeeze(-1)
+        self.rows, self._starts = len(kept), self._starts[kept]
+        if self.rows:
+            for cache in self._caches.all():
+                cache.reorder_cache(kept.to(self.policy.device))
+        return kept
+
+
+class SlotDecoder(Decoder):
+    """Buffers made once. All rows end in the same column; a row that leaves is overwritten by one from the end.
+
+    A prompt that is admitted later is set flush right against the column in which the others end. Columns that no row
+    needs any more are taken off in front when the end of the buffers is reached.
+    """
+
+    def __init__(self, policy: LanguagePolicy, capacity: int, longest_prompt: int, most_tokens: int) -> None:
+        super().__init__(policy, capacity, longest_prompt, most_tokens)
+        self._columns = longest_prompt + most_tokens + SLACK
+        self._caches = _Caches(policy, lambda model: _SlotCache(model, capacity, self._columns))
+        self._starts = torch.zeros(capacity, dtype=torch.long)
+        self._end = longest_prompt
+
+    @staticmethod
+    def fits(policy: LanguagePolicy) -> bool:
+        """Whether all that the policy remembers of the past are keys and values of attention."""
+        models: list[Any] = [policy.model] + ([] if policy.value_trunk is None else [policy.value_trunk])
+        kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+        return all(type(layer) in kinds for model in models for layer in DynamicCache(config=model.config).layers)
+
+    @property
+    def room(self) -> int:
+        """The slots that are free."""
+        return self.capacity - self.rows
+
+    def admit(self, prompt_ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Read each distinct prompt once, and copy its states to the slots of its responses."""
+        distinct = list(dict.fromkeys(tuple(ids) for ids in prompt_ids))
+        number = {ids: index for index, ids in enumerate(distinct)}
+        which = torch.tensor([number[tuple(ids)] for ids in prompt_ids])
+        tokens, starts = _padded(distinct, self.policy.device)
+        read = _Caches(self.policy, lambda model: _whole_cache(model))
+        logits, values = self._read(_inputs(tokens, starts, tokens.shape[1]), read)
+        slots = slice(self.rows, self.rows + len(which))
+        self._starts[slots] = self._end - tokens.shape[1] + starts[which]
+        which = which.to(tokens.device)
+        for cache, source in zip(self._caches.all(), read.all(), strict=True):
+            cache.write(slots, self._end, source, which)
+        self.rows = slots.stop
+        return logits[which], values[which]
+
+    def step(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """One more column."""
+        if self._end == self._columns:
+            self._tidy()
+        starts = self._starts[: self.rows]
+        first = int(starts.min())
+        for cache in self._caches.all():
+            cache.show(self.rows, first, self._end)
+        self._end += 1
+        return self._read(_inputs(tokens[:, None], starts - first, self._end - first), self._caches)
+
+    def keep(self, alive: Tensor) -> Tensor:
+        """Rows from the end are copied over those that leave."""
+        order = torch.arange(self.rows)
+        self.rows = int(alive.sum())
+        holes = (~alive[: self.rows]).nonzero().squeeze(-1)
+        if len(holes):
+            movers = alive[self.rows :].nonzero().squeeze(-1) + self.rows
+            order[holes], self._starts[holes] = movers, self._starts[movers]
+            for cache in self._caches.all():
+                cache.move(movers.to(self.policy.device), holes.to(self.policy.device), self._end)
+        return order[: self.rows]
+
+    def _tidy(self) -> None:
+        """Take off columns in front of every row's beginning, but leave the longest prompt its room."""
+        off = min(int(self._starts[: self.rows].min()), self._end - self.longest_prompt)
+        for cache in self._caches.all():
+            cache.shift(self.rows, off, self._end)
+        self._starts -= off
+        self._end -= off
+
+
+class _SlotLayer(DynamicLayer):
+    """Keys and values (B, H, L, D) of one layer, of which attention sees the rows and columns in use."""
+
+    def __init__(self, capacity: int, columns: int) -> None:
+        super().__init__()
+        self.capacity, self.columns = capacity, columns
+        self.buffers: tuple[Tensor, Tensor] | None = None
+        self.shown, self.first, self.end = 0, 0, 0
+
+    def make(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The buffers, made in the shape that the first states ask for."""
+        if self.buffers is None:
+            keys_buffer, values_buffer = (
+                state.new_zeros(self.capacity, state.shape[1], self.columns, state.shape[3]) for state in (keys, values)
+            )
+            self.buffers = (keys_buffer, values_buffer)
+            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        return self.buffers
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the states of one more column; returns all that attention may see."""
+        buffers = self.make(key_states, value_states)
+        end = self.end + key_states.shape[2]
+        for buffer, states in zip(buffers, (key_states, value_states), strict=True):
+            buffer[: self.shown, :, self.end : end] = states
+        keys, values = (buffer[: self.shown, :, self.first : end] for buffer in buffers)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Columns that are there before the next."""
+        return self.end - self.first
+
+
+class _SlotCache(Cache):
+    """The buffers of all layers."""
+
+    def __init__(self, model: PreTrainedModel, capacity: int, columns: int) -> None:
+        count = len(DynamicCache(config=model.config).layers)
+        self.slots = [_SlotLayer(capacity, columns) for _ in range(count)]
+        super().__init__(layers=list(self.slots))
+
+    def show(self, rows: int, first: int, end: int) -> None:
+        """What the next step sees: rows from 0, columns from `first`; it writes into column `end`."""
+        for layer in self.slots:
+            layer.shown, layer.first, layer.end = rows, first, end
+
+    def write(self, rows: slice, end: int, source: Cache, which: Tensor) -> None:
+        """Copy the sequences `which` (m,) of `source` into `rows`, flush right against column `end`."""
+        for layer, read in zip(self.slots, source.layers, strict=True):
+            states: Any = (read.keys, read.values)
+            for buffer, state in zip(layer.make(*states), states, strict=True):
+                buffer[rows, :, end - state.shape[2] : end] = state[which]
+
+    def move(self, origin: Tensor, to: Tensor, end: int) -> None:
+        """Copy rows over others, up to column `end`."""
+        for buffer in self._all():
+            buffer[to, :, :end] = buffer[origin, :, :end]
+
+    def shift(self, rows: int, off: int, end: int) -> None:
+        """Move all columns up to `end` to the left by `off`."""
+        for buffer in self._all():
+            buffer[:rows, :, : end - off] = buffer[:rows, :, off:end].clone()
+
+    def _all(self) -> list[Tensor]:
+        return [buffer for layer in self.slots for buffer in layer.buffers or ()]
+
+
+def _whole_cache(model: PreTrainedModel) -> Cache:
+    """A cache that keeps every column, also those that a sliding window will not look at again."""
+    return Cache(layers=[DynamicLayer() for _ in DynamicCache(config=model.config).layers])
