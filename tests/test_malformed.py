@@ -126,6 +126,9 @@ class Service(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.over = threading.Event()
 
+    def handle_error(self, *_: Any) -> None:
+        """Nothing: who asked has gone. A printed traceback parses Python, which two threads of 3.11 cannot do at once."""
+
     def answer(self, path: str, question: dict[str, Any]) -> tuple[int, Any] | None:
         """Status and body; None for none at all."""
         fault = path.split("/")[1]
@@ -290,9 +293,6 @@ def test_nothing_is_lost_when_a_service_fails(
     _kept_what_was_sampled(work / "run")
     service.over.set()
     service.good = 100
-    for thread in threading.enumerate():  # two threads that parse Python at once can trip over each other in 3.11
-        if thread.name.startswith("tether-service"):
-            thread.join(10)
     assert main(shlex.split(RESUME)) == 0
     assert [row["iteration"] for row in read_metrics(work / "run")] == [1, 2, 3]
     if "judge" not in case.command:  # the scorer gives what `rewards.py` gives
