@@ -127,7 +127,7 @@ class Service(ThreadingHTTPServer):
         self.over = threading.Event()
 
     def handle_error(self, *_: Any) -> None:
-        """Nothing: who asked has gone. (A traceback parses Python, which two threads of 3.11 cannot do at once.)"""
+        """Nothing: who asked has gone. A traceback parses Python, which two threads of 3.11 may not do at once."""
 
     def answer(self, path: str, question: dict[str, Any]) -> tuple[int, Any] | None:
         """Status and body; None for none at all."""
