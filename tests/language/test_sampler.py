@@ -28,7 +28,7 @@ from tether.language import decoding
 from tether.language import sampler as sampler_module
 from tether.language.decoding import Decoder, PlainDecoder, SlotDecoder
 from tether.language.policy import LanguagePolicy
-from tether.language.sampler import Sampler, SamplingConfig, draw, support_size
+from tether.language.sampler import Sampler, SamplingConfig, draw, invert, invert_by_blocks, support_size
 
 PROMPTS = [list(prompt.token_ids) for prompt in make_prompts(6)]
 
@@ -107,6 +107,33 @@ def test_two_token_responses_follow_the_exact_distribution(config: SamplingConfi
     for row in range(20):
         ids, log_probs = samples.response_ids[row], samples.log_probs[row].tolist()
         assert sum(log_probs[: len(ids)]) == pytest.approx(math.log(exact[tuple(ids)]), abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 16, 127, 128, 129, 300, 1024])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 5.0, 50.0])
+def test_blocks_find_the_token_that_the_plain_sum_finds(size: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(size)
+    weights = (scale * torch.randn(2000, size, generator=generator)).softmax(-1)
+    weights[:, torch.rand(size, generator=generator) < 0.3] = 0.0  # as top-k and top-p leave it
+    weights[:, size // 2] += 0.1
+    uniforms = torch.rand(2000, generator=generator, dtype=torch.float64)
+    token, total = invert(weights, uniforms)
+    found, found_total = invert_by_blocks(weights, uniforms)
+    assert bool(weights.gather(-1, token).all())
+    assert found.tolist() == token.tolist()
+    torch.testing.assert_close(found_total, total, atol=0, rtol=1e-6)
+
+
+def test_where_blocks_lead_onto_no_probability_the_plain_sum_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.full((3, 300), -math.inf)
+    logits[:, 200] = 0.0
+    uniforms = torch.tensor([0.0, 0.5, 1 - 1e-16], dtype=torch.float64)
+    assert draw(logits, uniforms, SamplingConfig())[0].tolist() == [200] * 3
+    wrong = torch.full((3, 1), 7)  # what rounding might lead to
+    monkeypatch.setattr(sampler_module, "invert_by_blocks", lambda weights, _: (wrong, weights.sum(-1, keepdim=True)))
+    token, log_prob, _ = draw(logits, uniforms, SamplingConfig())
+    assert token.tolist() == [200] * 3
+    assert log_prob.tolist() == [0.0] * 3
 
 
 def test_draw_inverts_the_cumulative_distribution() -> None:

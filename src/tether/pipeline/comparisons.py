@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tether.errors import UserError
 from tether.language.preferences import Preference
+from tether.pipeline.supervised import fate_of
 from tether.rewards.passes import encode, passes, score_all, score_tokens
 
 
@@ -90,16 +91,11 @@ def tokenize_pairs(
     ]
     kept, skipped, truncated = [], 0, 0
     for index, name in enumerate(names):
-        longest = max(len(side[index]) for side in both)
-        if longest > max_tokens and overlong == "error":
-            raise UserError(
-                f"{name}: {longest} tokens, expected at most {max_tokens} (`max_tokens`): raise it, or set `overlong` "
-                "to skip or truncate"
-            )
-        if longest > max_tokens and overlong == "skip":
+        fate = fate_of(name, max(len(side[index]) for side in both), max_tokens, overlong)
+        if fate == "skip":
             skipped += 1
             continue
-        if longest > max_tokens:
+        if fate == "truncate":
             truncated += 1
             for side in both:
                 side[index] = side[index][-max_tokens:]

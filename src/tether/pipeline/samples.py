@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from tether.errors import UserError
 from tether.language.packing import TokenizedSamples
 from tether.language.prompts import tokenize_text
+from tether.pipeline.supervised import fate_of
 
 Row = Mapping[str, Any]
 
@@ -341,20 +342,15 @@ def _bound(samples: Sequence[_Sample], max_tokens: int, overlong: str, origin: s
     skipped = truncated = 0
     for number, sample in enumerate(samples, 1):
         place = f"{origin}, row {number}"
-        length = len(sample.token_ids)
-        if length > max_tokens and overlong == "error":
-            raise UserError(
-                f"{place}: {length} tokens, expected at most {max_tokens} (`max_tokens`): raise it, or set `overlong` "
-                "to skip or truncate"
-            )
-        if length > max_tokens and overlong == "skip":
+        fate = fate_of(place, len(sample.token_ids), max_tokens, overlong)
+        if fate == "skip":
             skipped += 1
             continue
-        if length > max_tokens:
+        if fate == "truncate":
             truncated += 1
             sample = _Sample(sample.token_ids[:max_tokens], sample.is_target[:max_tokens])
         if not any(sample.is_target[1:]):
-            cut = f" in its first {max_tokens} tokens" if length > max_tokens else ""
+            cut = f" in its first {max_tokens} tokens" if fate == "truncate" else ""
             raise UserError(f"{place}: nothing to learn{cut}, expected a response")
         kept.append(sample)
     if not kept:

@@ -118,6 +118,22 @@ def longest_text(model: PreTrainedModel, max_tokens: int | None) -> int:
     return max_tokens
 
 
+def fate_of(place: str, length: int, max_tokens: int, overlong: str) -> str:
+    """What becomes of a text of so many tokens: it is kept, or, where it is too long, `overlong`: skip or truncate.
+
+    Raises:
+        UserError: it is too long, and `overlong` is error; `place` is where it stands.
+    """
+    if length <= max_tokens:
+        return "keep"
+    if overlong == "error":
+        raise UserError(
+            f"{place}: {length} tokens, expected at most {max_tokens} (`max_tokens`): raise it, or set `overlong` "
+            "to skip or truncate"
+        )
+    return overlong
+
+
 def plan_batches(
     count: int,
     config: SupervisedConfig,
