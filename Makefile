@@ -23,13 +23,20 @@ RUN := $(UV) run --no-sync
 # Models in tests are tiny: one thread each is fastest, and leaves the other cores alone.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) pytest
 
-.PHONY: help demo test test-all lint format sync FORCE
+# What `make bench` runs, each benchmarks/NAME.py, and where it leaves NAME.json and NAME.png.
+BENCHES ?= vs_trl decoding scaling roofline control
+BENCH_FOLDER ?= runs/bench
+# control.py has settings of its own: a quick look at the others is a quick look at it
+CONTROL_ARGS ?= $(if $(findstring --quick,$(ARGS)),--steps 4096 --repeats 1)
+
+.PHONY: help demo test test-all bench lint format sync FORCE
 .NOTPARALLEL:
 
 help:
 	@echo "make demo       PPO teaches a small language model arithmetic, in minutes   (options: ARGS=...)"
 	@echo "make test       the tests, without the slow ones                            (options: ARGS=...)"
 	@echo "make test-all   all tests                                                   (options: ARGS=...)"
+	@echo "make bench      speed and memory, beside others; hours, on an idle machine  (options: ARGS=--quick, BENCHES=...)"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make sync       only install into .venv"
@@ -43,6 +50,22 @@ test: sync
 
 test-all: sync
 	$(PYTEST) $(ARGS)
+
+# The pictures' packages at the lock file's versions, whichever torch is installed: `uv sync` would replace TORCH=cpu's.
+bench: sync
+	@$(UV) export --quiet --frozen --no-hashes --only-group benchmarks -o .venv/benchmarks.txt
+	@$(UV) pip install --quiet --python .venv -r .venv/benchmarks.txt
+	@mkdir -p $(BENCH_FOLDER)
+	@failed=; for name in $(BENCHES); do \
+		output=$(BENCH_FOLDER)/$$name; \
+		case $$name in \
+			control) set -- --output $$output.json $(CONTROL_ARGS);; \
+			*) set -- --json $$output.json --png $$output.png $(ARGS);; \
+		esac; \
+		echo "python benchmarks/$$name.py $$*"; \
+		$(RUN) python benchmarks/$$name.py "$$@" || failed="$$failed $$name"; \
+	done; \
+	[ -z "$$failed" ] || { echo "make: benchmarks that failed:$$failed" >&2; exit 1; }
 
 lint: sync
 	$(RUN) ruff check .

@@ -26,6 +26,7 @@ from tether.language.adapters import LoRAConfig
 from tether.language.reference import ReferenceConfig
 from tether.language.sampler import SamplingConfig
 from tether.language.world import CollectConfig
+from tether.memory import process_peak
 from tether.pipeline import demo
 from tether.pipeline.ppo import Parts, PPOConfig, train_ppo
 from tether.pipeline.sft import fine_tune
@@ -79,9 +80,9 @@ def accuracy(seed: int) -> None:
 
 def largest_memory() -> int:
     """This process's largest resident memory so far, MiB."""
-    # not getrusage, whose maximum begins with that of the process which started this one
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return next(int(line.split()[1]) // 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    peak = process_peak()
+    assert peak is not None, "resident memory is measured on Linux alone"
+    return int(peak)
 
 
 def memory(way: str, model: str) -> None:

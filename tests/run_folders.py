@@ -17,7 +17,7 @@ def newest_checkpoint(run: Path) -> tuple[int, Path]:
 
 
 def metric_lines(run: Path) -> list[bytes]:
-    """The bytes of metrics.jsonl, less the fields that measure time, which end each line."""
+    """The bytes of metrics.jsonl, less the fields that measure time and memory, which end each line."""
     lines = (run / "metrics.jsonl").read_bytes().splitlines()
     assert all(b', "time/' in line for line in lines)
     return [line.partition(b', "time/')[0] for line in lines]

@@ -18,12 +18,12 @@ CORE = sorted((SOURCE / "ppo").glob("*.py"))
 NAMES = {path: str(path.relative_to(SOURCE)) for path in FILES}
 
 WORLDS = {"language", "control"}
-LEAVES = {"errors", "yaml_file", "episode", "user_code", "devices", "pretrained"}
+LEAVES = {"errors", "yaml_file", "episode", "user_code", "devices", "pretrained", "memory"}
 """What every room may import, since it imports none."""
 
 BELOW: dict[str, set[str]] = {
     "ppo": set(),
-    "train": {"ppo", "episode"},
+    "train": {"ppo", "episode", "memory"},
     "config": LEAVES,
     "rewards": LEAVES,
     "runs": LEAVES | {"config", "ppo"},
@@ -37,6 +37,7 @@ BELOW: dict[str, set[str]] = {
     "devices": {"errors"},
     "errors": set(),
     "episode": set(),
+    "memory": set(),
     "pretrained": {"errors"},
     "user_code": {"errors"},
     "yaml_file": {"errors"},

@@ -143,8 +143,13 @@ def gradient(
     policy = copy.deepcopy(policy)
     whole = replace(config or LearnerConfig(), epochs=1, minibatches=1, max_gradient_norm=0.0, learning_rate=0.0)
     learner = Learner(policy, whole, advantage, KLController(kl) if kl else None)
+    gradients: list[Tensor] = []
+
+    def keep(*_: Any) -> None:
+        gradients.extend(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in policy.parameters())
+
+    learner.optimizer.register_step_pre_hook(keep)
     learner.update(batch, advantages, returns)
-    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in policy.parameters()]
     return torch.cat([g.detach().flatten() for g in gradients])
 
 

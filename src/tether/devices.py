@@ -1,4 +1,4 @@
-"""Whether torch can compute on a device that a user names. Knows no model and no world."""
+"""What torch can do on a device that a user names. Knows no model and no world."""
 
 from __future__ import annotations
 
@@ -13,3 +13,14 @@ def check_device(device: str) -> None:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # the last: meta, which holds no numbers
         raise UserError(f"device is {device!r}, which torch cannot use here ({reason(error)})") from error
+
+
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether the device has instructions for products of bfloat16 matrices, which are the faster ones then."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind == "cpu":
+        able = torch.cpu.get_capabilities()
+        return any(bool(able.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last: ARM
+    return False

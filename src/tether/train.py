@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from tether.episode import Episode
+from tether.memory import PeakMemory
 from tether.ppo import ActorCritic, Learner, Trajectories
 
 
@@ -64,10 +65,12 @@ def iterate(world: World, learner: Learner) -> Iterator[Iteration]:
         started = time.perf_counter()
         trajectories = world.collect()
         advantages, returns = learner.credit(trajectories)
-        learning = time.perf_counter()
+        memory, learning = PeakMemory(trajectories.mask.device), time.perf_counter()
         metrics = world.metrics(trajectories) | learner.update(trajectories, advantages, returns)
         ended = time.perf_counter()
         metrics |= {"time/learning": ended - learning, "time/iteration": ended - started}
+        if (peak := memory.lap()) is not None:
+            metrics["memory/learning"] = peak
         yield Iteration(learner.iteration, trajectories, advantages, returns, metrics)
 
 

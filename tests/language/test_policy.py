@@ -10,15 +10,10 @@ from tests.models import EOS, KINDS, make_model, make_prompts, perturbed, plain_
 from tests.toy import relative_error
 from torch import Tensor
 
-from tether.language import policy as policy_module
-from tether.language.policy import (
-    LanguagePolicy,
-    TokenContext,
-    action_log_probs,
-    decode_step,
-    keep_likeliest,
-    output_head,
-)
+from tether.language.context import TokenContext
+from tether.language.head import action_log_probs, keep_likeliest
+from tether.language.policy import LanguagePolicy
+from tether.language.reading import Reader, decode_step, output_head, plain_layout
 from tether.language.reference import reference_log_probs
 
 PROMPTS = [list(prompt.token_ids) for prompt in make_prompts(5)]
@@ -91,10 +86,18 @@ def test_logits_exist_at_response_tokens_only() -> None:
     handle = output_head(policy.model).register_forward_hook(
         lambda _, __, out: rows.append(out.numel() // out.shape[-1])
     )
+    reader = Reader(policy.model)
+    assert reader.head is not None
+    assert policy.reader.packs == reader.packs  # asks the model, too
+    rows.clear()
     policy.evaluate(context(), ACTIONS, MASK)
-    reference_log_probs(policy.model, context(), ACTIONS, MASK)
+    reference_log_probs(reader, context(), ACTIONS, MASK)
+    assert rows == [0, 0]  # tile by tile, around the model
+    rows.clear()
+    policy.reader.head = None
+    policy.evaluate(context(), ACTIONS, MASK)
     handle.remove()
-    assert rows == [int(MASK.sum())] * 2
+    assert rows == [int(MASK.sum())]
     logits, hidden = plain_forward(policy.model, PROMPTS[0])  # and afterwards the model is as it was
     assert len(logits) == len(hidden) == len(PROMPTS[0])
 
@@ -154,7 +157,7 @@ def test_a_model_without_a_linear_output_layer_is_refused() -> None:
 @pytest.mark.parametrize("tokens_at_once", [1, 13, 10**6])
 def test_reference_does_not_depend_on_how_it_is_cut(tokens_at_once: int) -> None:
     model = make_model()
-    found = reference_log_probs(model, context(1.3), ACTIONS, MASK, tokens_at_once)
+    found = reference_log_probs(Reader(model), context(1.3), ACTIONS, MASK, tokens_at_once)
     with torch.no_grad():
         expected = LanguagePolicy(model).evaluate(context(1.3), ACTIONS, MASK).log_probs
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
@@ -162,10 +165,10 @@ def test_reference_does_not_depend_on_how_it_is_cut(tokens_at_once: int) -> None
 
 
 def test_reference_is_over_the_whole_vocabulary() -> None:
-    model = make_model()
+    reader = Reader(make_model())
     truncated = context(support=torch.full(MASK.shape, 2))
     torch.testing.assert_close(
-        reference_log_probs(model, truncated, ACTIONS, MASK), reference_log_probs(model, context(), ACTIONS, MASK)
+        reference_log_probs(reader, truncated, ACTIONS, MASK), reference_log_probs(reader, context(), ACTIONS, MASK)
     )
 
 
@@ -224,11 +227,11 @@ def test_decode_step_gives_the_last_columns_logits_and_states() -> None:
 
 
 def test_padding_on_the_right_alone_needs_no_mask_and_the_left_gets_one() -> None:
-    assert set(policy_module.model_inputs(context())) == {"input_ids"}
+    assert set(plain_layout(context()).inputs) == {"input_ids"}
     left = TokenContext(
         torch.tensor([[0, 4], [5, 6]]), torch.tensor([[False, True], [True, True]]), torch.tensor([1, 1])
     )
-    assert policy_module.model_inputs(left)["position_ids"].tolist() == [[0, 0], [0, 1]]
+    assert plain_layout(left).inputs["position_ids"].tolist() == [[0, 0], [0, 1]]
 
 
 def test_gradients_of_a_batch_are_the_sum_of_its_rows() -> None:

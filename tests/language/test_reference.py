@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from tether.errors import UserError
 from tether.language.adapters import POLICY, REFERENCE, LoRAConfig, adapter_weights, give_adapters
 from tether.language.policy import LanguagePolicy
+from tether.language.reading import Reader
 from tether.language.reference import (
     AdapterReference,
     ModelReference,
@@ -49,7 +50,7 @@ def move(model: PreTrainedModel, scale: float = 0.1, seed: int = 1) -> PreTraine
 
 
 def test_on_the_disk_between_uses_and_the_same_to_the_bit() -> None:
-    expected = reference_log_probs(make_model(), *ASKED)
+    expected = reference_log_probs(Reader(make_model()), *ASKED)
     reference = ModelReference(make_model(), ReferenceConfig(offload="disk"))
     file = reference._file
     for _ in range(2):
@@ -91,7 +92,7 @@ def test_there_is_nothing_to_offload_from_a_cpu_to_a_cpu() -> None:
 def test_its_precision_is_its_own() -> None:
     reference = ModelReference(make_model(), ReferenceConfig(dtype="bfloat16"))
     assert {p.dtype for p in reference.model.parameters()} == {torch.bfloat16}
-    exact = reference_log_probs(make_model(), *ASKED)
+    exact = reference_log_probs(Reader(make_model()), *ASKED)
     found = reference.log_probs(*ASKED)
     assert found.dtype == torch.float32
     assert 0 < float((found - exact).abs().max()) < 0.5
@@ -100,17 +101,17 @@ def test_its_precision_is_its_own() -> None:
 def test_adapters_off_is_the_base_to_the_bit() -> None:
     model = adapted()
     reference = AdapterReference(model)
-    expected = reference_log_probs(make_model(), *ASKED)
+    expected = reference_log_probs(Reader(make_model()), *ASKED)
     move(model)
     assert torch.equal(reference.log_probs(*ASKED), expected)
-    assert float((reference_log_probs(model, *ASKED) - expected)[BATCH.mask].abs().max()) > 0.1
+    assert float((reference_log_probs(Reader(model), *ASKED) - expected)[BATCH.mask].abs().max()) > 0.1
     assert reference.fingerprint == ModelReference(make_model()).fingerprint
     assert not adapter_weights(model, REFERENCE)  # and costs nothing
 
 
 def test_adapters_that_were_trained_before_belong_to_the_reference() -> None:
     model = adapted(scale=0.1)
-    expected = reference_log_probs(model, *ASKED)
+    expected = reference_log_probs(Reader(model), *ASKED)
     reference = AdapterReference(model, trained=True)
     move(model, seed=2)
     assert torch.equal(reference.log_probs(*ASKED), expected)
@@ -125,7 +126,7 @@ def test_adapters_that_were_trained_before_belong_to_the_reference() -> None:
 def test_one_that_stands_still_does_not_hear_of_the_policy() -> None:
     reference = ModelReference(make_model())
     reference.follow(LanguagePolicy(perturbed(make_model())))
-    assert torch.equal(reference.log_probs(*ASKED), reference_log_probs(make_model(), *ASKED))
+    assert torch.equal(reference.log_probs(*ASKED), reference_log_probs(Reader(make_model()), *ASKED))
     assert reference.state_dict() == {}
 
 
@@ -167,7 +168,7 @@ def test_adapters_follow_by_their_matrices() -> None:
     model = adapted()
     start = {name: w.detach().clone() for name, w in adapter_weights(model, POLICY).items()}
     reference = AdapterReference(model, ReferenceConfig(ema=0.75))
-    assert torch.equal(reference.log_probs(*ASKED), reference_log_probs(make_model(), *ASKED))
+    assert torch.equal(reference.log_probs(*ASKED), reference_log_probs(Reader(make_model()), *ASKED))
     policy = LanguagePolicy(move(model))
     reference.follow(policy)
     twin = adapter_weights(model, REFERENCE)
@@ -185,7 +186,7 @@ def test_adapters_are_reset() -> None:
     reference = AdapterReference(model, ReferenceConfig(reset_every=1))
     policy = LanguagePolicy(move(model))
     reference.follow(policy)
-    then = reference_log_probs(model, *ASKED)
+    then = reference_log_probs(Reader(model), *ASKED)
     move(model, seed=5)
     assert torch.equal(reference.log_probs(*ASKED), then)
 

@@ -55,8 +55,8 @@ def test_gold_is_reported_and_stored_and_changes_nothing(tmp_path: Path) -> None
     for row, other in zip(rows, others, strict=True):
         assert row["gold"] == pytest.approx(-2 * row["score"])
         assert row["gold_std"] == pytest.approx(2 * row["score_std"])
-        same = {name: value for name, value in row.items() if not name.startswith(("time/", "gold"))}
-        assert same == {name: value for name, value in other.items() if not name.startswith("time/")}
+        same = {name: value for name, value in row.items() if not name.startswith(("time/", "memory/", "gold"))}
+        assert same == {name: value for name, value in other.items() if not name.startswith(("time/", "memory/"))}
         assert row["time/gold"] >= 0
     episode = read_episodes(tmp_path / "with", order="best", limit=1)[0]
     assert episode.details["gold"] == -2 * episode.score

@@ -91,9 +91,9 @@ def test_who_owns_the_loop_gets_the_same_numbers(tmp_path: Path) -> None:
     for step in iterate(world, learner):
         assert isinstance(step, Iteration)
         assert step.advantages.shape == step.returns.shape == step.trajectories.mask.shape
-        mine.append({name: value for name, value in step.metrics.items() if not name.startswith("time/")})
+        mine.append({n: v for n, v in step.metrics.items() if not n.startswith(("time/", "memory/"))})
     theirs = [
-        {n: v for n, v in line.items() if n != "iteration" and not n.startswith("time/")}
+        {n: v for n, v in line.items() if n != "iteration" and not n.startswith(("time/", "memory/"))}
         for line in read_metrics(trained.folder)
     ]
     assert mine == theirs

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForC
 
 from tether.config import config_from_dict, config_to_dict
 from tether.errors import UserError
-from tether.language.cross_entropy import Passes, accumulate_gradients, checkpointed_layers, mean_loss
+from tether.language.cross_entropy import Passes, accumulate_gradients, mean_loss
+from tether.language.layers import checkpointed_layers
 from tether.language.packing import TokenizedSamples, best_fit, check_packing
 from tether.language.prompts import PromptsConfig, load_prompts
 from tether.pipeline.samples import RowFormat, tokenize_rows

@@ -207,8 +207,9 @@ def test_tensorboard_has_the_same_numbers_and_drops_rewound_ones(tmp_path: Path)
 def test_metrics_of_equal_runs_are_equal_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         with new(tmp_path / name) as run:
-            run.log(1, {"time/collect": len(name) * 0.1, "score": 0.1 + 0.2, "kl": 1e-17})
+            measured = {"memory/collect": len(name) * 9.5, "time/collect": len(name) * 0.1}
+            run.log(1, measured | {"score": 0.1 + 0.2, "kl": 1e-17})
     assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == (tmp_path / "b" / "metrics.jsonl").read_bytes()
     line = json.loads((tmp_path / "a" / "metrics.jsonl").read_text())
-    assert list(line) == ["iteration", "score", "kl", "time/collect"]
+    assert list(line) == ["iteration", "score", "kl", "time/collect", "memory/collect"]
     assert re.fullmatch("0.30000000000000004", repr(line["score"]))

@@ -7,18 +7,13 @@ B = rows of a pass, L = tokens of its longest row, K = columns that some row lea
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tether.language.packing import Rows, TokenizedSamples, lay_out
 
@@ -85,19 +80,3 @@ def summed_loss(model: PreTrainedModel, rows: Rows, autocast: bool = False) -> T
     if not chooses:
         logits = logits[:, columns.to(device)]
     return nn.functional.cross_entropy(logits[learned.to(device)].float(), labels, reduction="sum")
-
-
-@contextmanager
-def checkpointed_layers(model: PreTrainedModel) -> Iterator[None]:
-    """Within this context layers compute their activations again in the backward pass instead of keeping them.
-
-    transformers does this in training mode only, which turns dropout on; here the model stays in evaluation mode.
-    """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer in layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward  # uncovers the method of the class

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from tether.language.policy import LanguagePolicy, decode_step
+from tether.language.policy import LanguagePolicy
+from tether.language.reading import decode_step
 
 SLACK = 64  # columns of a buffer beyond the longest sequence; it is tidied once in so many steps
 
@@ -148,9 +149,10 @@ class SlotDecoder(Decoder):
     @staticmethod
     def fits(policy: LanguagePolicy) -> bool:
         """Whether all that the policy remembers of the past are keys and values of attention."""
-        models: list[Any] = [policy.model] + ([] if policy.value_trunk is None else [policy.value_trunk])
         kinds = (DynamicLayer, DynamicSlidingWindowLayer)
-        return all(type(layer) in kinds for model in models for layer in DynamicCache(config=model.config).layers)
+        return all(
+            type(layer) in kinds for model in policy.models() for layer in DynamicCache(config=model.config).layers
+        )
 
     @property
     def room(self) -> int:

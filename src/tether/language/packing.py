@@ -158,16 +158,24 @@ def _rectangle(samples: TokenizedSamples, rows: Sequence[np.ndarray], width: int
 
 
 def check_packing(model: PreTrainedModel) -> None:
-    """Ask the model whether packed samples stay apart; a UserError says so when they do not.
+    """A UserError says what goes wrong where the model does not keep packed samples apart: see `packing_fault`."""
+    fault = packing_fault(model)
+    if fault is not None:
+        name = type(model).__name__
+        raise UserError(
+            f"{name} cannot take packed samples ({fault}): set `packing` to False, which gives each sample its own row"
+        )
+
+
+def packing_fault(model: PreTrainedModel) -> str | None:
+    """Ask the model whether packed samples stay apart; None where they do, else what goes wrong.
 
     Two samples share a row. The second's logits must not change when the first's tokens do (nothing leaks), and must be
     those that it gets alone (positions restart). Convolutions, state spaces, alibi and learned positions counted from
     the attention mask fail this: LFM2, Mamba, BLOOM, Falcon with alibi and OPT do, in transformers 5.
     """
-    name = type(model).__name__
-    refusal = f"{name} cannot take packed samples ({{}}): set `packing` to False, which gives each sample its own row"
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise UserError(refusal.format("its forward pass takes no position_ids"))
+        return "its forward pass takes no position_ids"
     device = model.device
     vocabulary = model.get_input_embeddings().weight.shape[0]
     first = torch.arange(7, device=device) * 5 % vocabulary
@@ -186,6 +194,7 @@ def check_packing(model: PreTrainedModel) -> None:
     # Rounding alone may move the logits (another kernel, another order of sums), by no more than this.
     leak_limit, shift_limit = (1e-5, 1e-4) if model.dtype == torch.float32 else (1e-2, 5e-2)
     if not leak <= leak_limit:
-        raise UserError(refusal.format(f"a sample sees the one before it: its logits move by {leak:.1e} of their size"))
+        return f"a sample sees the one before it: its logits move by {leak:.1e} of their size"
     if not shift <= shift_limit:
-        raise UserError(refusal.format(f"positions do not restart: logits differ by {shift:.1e} of their size"))
+        return f"positions do not restart: logits differ by {shift:.1e} of their size"
+    return None

@@ -1,77 +1,24 @@
 """A causal language model as a policy: its softmax is π(a|s), a scalar head on its hidden state is V(s).
 
 It knows tokens and probabilities; it knows nothing of text, prompts or rewards.
-N = episodes, T = response tokens of the longest, L = tokens of the longest sequence, n = response tokens in all,
-H = hidden size, V = vocabulary.
+N = episodes, T = response tokens of the longest, n = response tokens in all, H = hidden size.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tether.language.context import TokenContext
+from tether.language.layers import LearningLayers
+from tether.language.products import bfloat16_products, use_fast_products
+from tether.language.reading import Layout, Reader, output_head, plain_layout
 from tether.ppo import Evaluation
-
-
-@dataclass(frozen=True)
-class TokenContext:
-    """The sequences in which responses stand, and how their tokens were drawn.
-
-    Attributes:
-        tokens: (N, L) token ids, prompt and response, padded on either side.
-        attention_mask: (N, L) bool, False at padding.
-        starts: (N,) column of each response's first token.
-        temperature: of the distribution that was sampled.
-        support: (N, T) number of tokens that top-k and top-p left to draw from, or None where all were.
-    """
-
-    tokens: Tensor
-    attention_mask: Tensor
-    starts: Tensor
-    temperature: float = 1.0
-    support: Tensor | None = None
-
-    @property
-    def lengths(self) -> Tensor:
-        """(N,) tokens of each sequence, padding excluded."""
-        return self.attention_mask.sum(dim=1)
-
-    def select(self, rows: Tensor) -> TokenContext:
-        """These rows, without the columns in which all of them are padded."""
-        mask = self.attention_mask[rows]
-        used = mask.any(dim=0).nonzero()
-        first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
-        return replace(
-            self,
-            tokens=self.tokens[rows, first:last],
-            attention_mask=mask[:, first:last],
-            starts=self.starts[rows] - first,
-            support=None if self.support is None else self.support[rows],
-        )
-
-    @classmethod
-    def from_ids(
-        cls,
-        prompts: Sequence[Sequence[int]],
-        responses: Sequence[Sequence[int]],
-        temperature: float = 1.0,
-        support: Tensor | None = None,
-        device: torch.device | str = "cpu",
-    ) -> TokenContext:
-        """Sequences set flush left: prompt, response, padding. Padding holds id 0, which nothing ever reads."""
-        sequences = [torch.tensor([*p, *r], dtype=torch.long) for p, r in zip(prompts, responses, strict=True)]
-        lengths = torch.tensor([len(s) for s in sequences])
-        tokens = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-        mask = torch.arange(tokens.shape[1]) < lengths[:, None]
-        starts = torch.tensor([len(p) for p in prompts])
-        return cls(tokens.to(device), mask.to(device), starts.to(device), temperature, support)
 
 
 @dataclass(frozen=True)
@@ -97,13 +44,23 @@ class LanguagePolicy(nn.Module):
         separate_value_trunk: give the critic a copy of the trunk instead of a head on the policy's. What is frozen in
             the model, as under adapters, the two share.
         critic: the critic to start from, trunk and head, instead.
+        autocast: multiply matrices in bfloat16. Parameters, logits, log-probabilities and values stay float32.
+        checkpointing: compute activations again in the backward pass instead of keeping them.
+        compiled: run the layers through `torch.compile` in `evaluate`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, separate_value_trunk: bool = False, critic: Critic | None = None
+        self,
+        model: PreTrainedModel,
+        separate_value_trunk: bool = False,
+        critic: Critic | None = None,
+        autocast: bool = False,
+        checkpointing: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
+        self.autocast = autocast
         head = output_head(model)
         self.value_trunk = None if critic is None else critic.trunk
         if critic is None and separate_value_trunk:
@@ -119,11 +76,19 @@ class LanguagePolicy(nn.Module):
                 self.value_head.weight.copy_(critic.weight[None])
                 self.value_head.bias.fill_(critic.bias)
         self.eval()
+        self.reader = Reader(model, checkpointing, compiled)
+        if self.value_trunk is not None:
+            use_fast_products(self.value_trunk)
+            self._trunk_layers = LearningLayers(self.value_trunk, checkpointing, compiled)
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.value_head.weight.device
+
+    def models(self) -> list[PreTrainedModel]:
+        """The causal LM, and the critic's own trunk where it has one."""
+        return [self.model] if self.value_trunk is None else [self.model, self.value_trunk]
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """Those of the causal LM, which the critic may share."""
@@ -144,124 +109,52 @@ class LanguagePolicy(nn.Module):
         super().train(False)
         return self
 
+    def precision(self) -> AbstractContextManager[None]:
+        """The context in which matrices are multiplied as the policy multiplies them."""
+        return bfloat16_products(self.device, self.autocast)
+
     def evaluate(self, context: TokenContext, actions: Tensor, mask: Tensor) -> Evaluation:
-        """Log-probabilities, values and entropies (N, T) of `actions` (N, T); logits exist at response tokens only."""
-        rows, steps = mask.nonzero(as_tuple=True)
-        before = context.starts[rows] + steps - 1  # the hidden state that predicts a token is one to its left
-        logits, hidden = logits_at(self.model, context, rows, before)
-        if self.value_trunk is not None:
-            hidden = self._trunk_states(context)[rows, before]
-        support = None if context.support is None else context.support[rows, steps]
-        log_probs, entropy = action_log_probs(logits, actions[rows, steps], context.temperature, support)
+        """Log-probabilities, values and entropies (N, T) of `actions` (N, T)."""
+        layout = self.reader.layout(context)
+        with self.precision():
+            reading = self.reader.read(context, actions, mask, layout)
+            hidden = reading.hidden
+            if self.value_trunk is not None:
+                rows, steps = mask.nonzero(as_tuple=True)
+                own = self._critics_layout(context, layout)
+                hidden = self._trunk_states(own)[own.before(context, rows, steps)]
         return Evaluation(
-            log_probs=_spread(log_probs, mask),
+            log_probs=_spread(reading.log_probs, mask),
             values=_spread(self.values_of(hidden), mask),
-            entropy=_spread(entropy, mask),
+            entropy=_spread(reading.entropy, mask),
         )
 
     def values_of(self, hidden: Tensor) -> Tensor:
         """(…,) values of hidden states (…, H), in float32."""
-        return self.value_head(hidden.float()).squeeze(-1)
+        with torch.autocast(self.device.type, enabled=False):
+            return self.value_head(hidden.float()).squeeze(-1)
 
     @torch.no_grad()
     def successor_values(self, context: TokenContext, lengths: Tensor) -> Tensor:
         """(N,) values of the states that follow the last response token; `lengths` (N,) counts response tokens."""
         rows = torch.arange(len(lengths), device=self.device)
-        columns = context.starts + lengths - 1
-        if self.value_trunk is not None:
-            return self.values_of(self._trunk_states(context)[rows, columns])
-        return self.values_of(logits_at(self.model, context, rows, columns)[1])
+        layout = self.reader.layout(context)
+        with self.precision():
+            if self.value_trunk is None:
+                hidden = self.reader.hidden_at(layout, layout.before(context, rows, lengths))
+            else:
+                own = self._critics_layout(context, layout)
+                hidden = self._trunk_states(own)[own.before(context, rows, lengths)]
+        return self.values_of(hidden)
 
-    def _trunk_states(self, context: TokenContext) -> Tensor:
+    def _critics_layout(self, context: TokenContext, layout: Layout) -> Layout:
+        """The policy's where the critic's trunk is of the same kind, of which alone it is known whether it packs."""
+        return layout if type(self.value_trunk) is type(self.model.base_model) else plain_layout(context)
+
+    def _trunk_states(self, layout: Layout) -> Tensor:
         assert self.value_trunk is not None
-        return self.value_trunk(**model_inputs(context), use_cache=False).last_hidden_state  # (N, L, H)
-
-
-def output_head(model: PreTrainedModel) -> nn.Linear:
-    """The layer that turns hidden states into logits. Raises TypeError where it is no linear layer."""
-    head: Any = model.get_output_embeddings()
-    if not isinstance(getattr(head, "base_layer", head), nn.Linear):  # the first where it has an adapter
-        raise TypeError(f"{type(model).__name__} has no linear output layer, expected a causal language model")
-    return head
-
-
-def model_inputs(context: TokenContext) -> dict[str, Tensor]:
-    """Keyword arguments of a transformers forward pass.
-
-    Padding on the right alone needs no mask, for no token sees what stands to its right; attention is fastest then.
-    """
-    mask = context.attention_mask
-    inputs = {"input_ids": context.tokens}
-    if not bool(mask[:, 0].all()):
-        inputs["attention_mask"] = mask.long()
-        inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    return inputs
-
-
-def logits_at(model: PreTrainedModel, context: TokenContext, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (n, V) and the hidden states (n, H) they come from, at the given places of a full forward pass."""
-    with _head_reads(model, lambda hidden: hidden[rows, columns]) as seen:
-        logits = model(**model_inputs(context), use_cache=False).logits
-    return logits, seen[0]
-
-
-@contextmanager
-def _head_reads(model: PreTrainedModel, choose: Any) -> Iterator[list[Tensor]]:
-    """Within this context the output layer of `model` reads only the hidden states (N, L, H) that `choose` returns.
-
-    They are put into the list that is yielded. Whatever the model does to its logits afterwards (scaling, capping)
-    is done to the chosen ones, so that this holds for every architecture.
-    """
-    seen: list[Tensor] = []
-
-    def replace_input(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        seen.append(choose(arguments[0]))
-        return (seen[0],)
-
-    handle = output_head(model).register_forward_pre_hook(replace_input)
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def decode_step(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
-    """Logits (N, V) and hidden states (N, H) of the last column, and the cache, grown by the columns of `inputs`."""
-    with _head_reads(model, lambda hidden: hidden[:, -1]) as seen:
-        output = model(**inputs, use_cache=True)
-    return output.logits, seen[0], output.past_key_values
-
-
-def action_log_probs(
-    logits: Tensor, actions: Tensor, temperature: float, support: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each action (n,) and entropy (n,) of softmax(logits / temperature), in float32.
-
-    With `support` (n,) only so many of the likeliest tokens share the probability, the action always being one of them:
-    the distribution that top-k and top-p left at sampling time, which keeps the action possible while π moves.
-    """
-    scaled = logits.float() / temperature
-    if support is not None:
-        scaled = keep_likeliest(scaled, support, actions)
-    log_probs = torch.log_softmax(scaled, dim=-1)
-    entropy = -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(dim=-1)
-    return log_probs.gather(-1, actions[:, None]).squeeze(-1), entropy
-
-
-def keep_likeliest(logits: Tensor, support: Tensor, actions: Tensor | None = None) -> Tensor:
-    """(n, V) logits, −inf but for the `support` (n,) largest of each row and for `actions` (n,) where given."""
-    order = logits.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(logits.shape[-1], device=logits.device).expand_as(order)
-    )
-    kept = rank < support[:, None]
-    if actions is not None:
-        # an action that has fallen out takes the place of the last: no jump where two tokens change places, be it by
-        # learning or by rounding alone
-        missing = ~kept.gather(-1, actions[:, None])
-        kept = kept & ~(missing & (rank == support[:, None] - 1))
-        kept = kept.scatter(-1, actions[:, None], True)
-    return logits.masked_fill(~kept, -torch.inf)
+        with self._trunk_layers.in_use():
+            return self.value_trunk(**layout.inputs, use_cache=False).last_hidden_state  # rows, columns, H
 
 
 def _spread(flat: Tensor, mask: Tensor) -> Tensor:

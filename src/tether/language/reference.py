@@ -10,7 +10,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +27,10 @@ from tether.language.adapters import (
     is_adapter,
     using,
 )
+from tether.language.context import TokenContext
 from tether.language.models import fingerprint
-from tether.language.policy import LanguagePolicy, TokenContext, action_log_probs, logits_at
+from tether.language.policy import LanguagePolicy
+from tether.language.reading import Reader
 from tether.pretrained import DTYPES
 
 
@@ -77,6 +79,7 @@ class Reference(ABC):
     """
 
     fingerprint: str
+    reader: Reader
 
     def __init__(self, config: ReferenceConfig | None = None) -> None:
         self.config = config or ReferenceConfig()
@@ -101,8 +104,8 @@ class Reference(ABC):
 
     def log_probs(self, context: TokenContext, actions: Tensor, mask: Tensor) -> Tensor:
         """(N, T) log π_ref of `actions`: see `reference_log_probs`."""
-        with self.as_model() as model:
-            return reference_log_probs(model, context, actions, mask)
+        with self.as_model():
+            return reference_log_probs(self.reader, context, actions, mask)
 
     @torch.no_grad()
     def follow(self, policy: LanguagePolicy) -> None:
@@ -151,6 +154,7 @@ class ModelReference(Reference):
         self._device = next(model.parameters()).device
         if self.config.dtype is not None:
             model.to(DTYPES[self.config.dtype])
+        self.reader = Reader(model)
         if self.config.ema is not None and next(model.parameters()).dtype != torch.float32:
             raise UserError(
                 "reference.ema: averaging needs weights in float32, which keep the small steps that others round away; "
@@ -241,6 +245,7 @@ class AdapterReference(Reference):
     def __init__(self, model: PreTrainedModel, config: ReferenceConfig | None = None, trained: bool = False) -> None:
         super().__init__(config)
         self.model = model
+        self.reader = Reader(model)
         self.adapter = REFERENCE if trained or self.config.moves else None
         if self.adapter is not None:
             copy_adapters(model)
@@ -270,18 +275,16 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 @torch.no_grad()
 def reference_log_probs(
-    model: PreTrainedModel, context: TokenContext, actions: Tensor, mask: Tensor, tokens_at_once: int = 16384
+    reader: Reader, context: TokenContext, actions: Tensor, mask: Tensor, tokens_at_once: int = 16384
 ) -> Tensor:
     """(N, T) log π_ref(a|s) at the sampling temperature, over the whole vocabulary whatever top-k and top-p left."""
     result = torch.zeros(mask.shape, device=mask.device)
+    context = replace(context, support=None)
     order = torch.argsort(context.lengths, descending=True, stable=True)
     start = 0
     while start < len(order):
         part = order[start : start + max(1, tokens_at_once // int(context.lengths[order[start]]))]
         start += len(part)
-        cut = context.select(part)
-        rows, steps = mask[part].nonzero(as_tuple=True)
-        logits, _ = logits_at(model, cut, rows, cut.starts[rows] + steps - 1)
-        log_probs, _ = action_log_probs(logits, actions[part[rows], steps], context.temperature, None)
-        result[part[rows], steps] = log_probs
+        reading = reader.read(context.select(part), actions[part], mask[part])
+        result[part] = result[part].masked_scatter(mask[part], reading.log_probs)
     return result

@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tether.language.decoding import Decoder, PlainDecoder, SlotDecoder
+from tether.language.head import keep_likeliest
 from tether.language.models import end_token_ids
-from tether.language.policy import LanguagePolicy, keep_likeliest
+from tether.language.policy import LanguagePolicy
+from tether.language.products import packed_weights
 
 AT_ONCE = 8  # prompts wait until one in so many places is free
 
@@ -116,6 +118,11 @@ class Sampler:
         if not prompt_ids or not all(len(ids) for ids in prompt_ids):
             raise ValueError("every prompt needs at least one token")
         drawn = _Drawn(len(prompt_ids), self.config.max_new_tokens, self._truncates, self.generator)
+        with self.policy.precision(), packed_weights(self.policy.models(), self._rows(prompt_ids)):
+            self._draw_all(drawn, prompt_ids)
+        return self._samples(drawn)
+
+    def _draw_all(self, drawn: _Drawn, prompt_ids: Sequence[Sequence[int]]) -> None:
         decoder = self._decoder(prompt_ids)
         active = torch.zeros(0, dtype=torch.long)  # the response that each row of the decoder belongs to
         begun = 0
@@ -134,12 +141,13 @@ class Sampler:
             alive = ~drawn.over[active]
             if not bool(alive.all()):
                 active = active[decoder.keep(alive)]
-        return self._samples(drawn)
 
     def _decoder(self, prompt_ids: Sequence[Sequence[int]]) -> Decoder:
         kind = SlotDecoder if SlotDecoder.fits(self.policy) else PlainDecoder
-        rows = min(self.config.batch_size, len(prompt_ids))
-        return kind(self.policy, rows, max(map(len, prompt_ids)), self.config.max_new_tokens)
+        return kind(self.policy, self._rows(prompt_ids), max(map(len, prompt_ids)), self.config.max_new_tokens)
+
+    def _rows(self, prompt_ids: Sequence[Sequence[int]]) -> int:
+        return min(self.config.batch_size, len(prompt_ids))
 
     def _take(self, drawn: _Drawn, rows: Tensor, logits: Tensor, values: Tensor) -> None:
         """Draw the next token of each of these responses."""

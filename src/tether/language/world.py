@@ -22,12 +22,14 @@ from transformers import PreTrainedTokenizerBase
 from tether.episode import Episode
 from tether.errors import RewardError, UserError
 from tether.language.adapters import save_model
+from tether.language.context import TokenContext
 from tether.language.diversity import distinct_share, repeated_ngrams
 from tether.language.draws import Draw, join_draws, telling_groups
-from tether.language.policy import LanguagePolicy, TokenContext
+from tether.language.policy import LanguagePolicy
 from tether.language.prompts import Prompt
 from tether.language.reference import Reference
 from tether.language.sampler import Sampler, Samples
+from tether.memory import PeakMemory
 from tether.ppo import KLController, Trajectories
 from tether.ppo.advantages import scale_and_clip
 from tether.ppo.kl import estimate_kl, penalised_rewards
@@ -93,7 +95,7 @@ class _Batch:
     prompts: list[Prompt]
     samples: Samples
     scores: Scores
-    seconds: dict[str, float]
+    clock: _Clock
     drawn: Draw  # with what filtering left out
     draws: int
     gold: Scores | None
@@ -164,7 +166,7 @@ class LanguageWorld:
         if self._follow_due:
             self.reference.follow(self.policy)
             self._follow_due = False
-        clock = _Clock()
+        clock = _Clock(self.policy.device)
         config, size = self.config, self.config.samples_per_prompt
         draws = [self._draw(config.prompts, [], clock)]
         if config.filter_prompts:
@@ -182,7 +184,7 @@ class LanguageWorld:
             kept.prompts, kept.samples, torch.tensor(kept.scores.total, dtype=torch.float32)
         )
         clock.lap("reference")
-        self._batch = _Batch(kept.prompts, kept.samples, kept.scores, clock.seconds, drawn, len(draws), gold)
+        self._batch = _Batch(kept.prompts, kept.samples, kept.scores, clock, drawn, len(draws), gold)
         self._follow_due = True
         return trajectories
 
@@ -233,7 +235,8 @@ class LanguageWorld:
             row[: len(ids)] = torch.tensor(ids)
         actions = actions.to(device)
         log_probs, values = samples.log_probs.to(device), samples.values.to(device)
-        reference = self.reference.log_probs(context, actions, mask)
+        with self.policy.precision():
+            reference = self.reference.log_probs(context, actions, mask)
         shaped = scale_and_clip(scores, config.score_scale, config.score_clip)
         shaped = shaped - config.missing_eos_penalty * ~samples.terminated
         if config.overlong_buffer:
@@ -269,7 +272,7 @@ class LanguageWorld:
         return beyond.clamp(min=0) / buffer
 
     def metrics(self, trajectories: Trajectories) -> dict[str, float]:
-        """Of the batch that `collect` returned last: scores, KL to the reference, lengths, variety, seconds."""
+        """Of the batch that `collect` returned last: scores, KL to the reference, lengths, variety, seconds, MiB."""
         batch = self._last_batch(trajectories)
         total = torch.tensor(batch.scores.total, dtype=torch.float64)
         mask, lengths = trajectories.mask, trajectories.mask.sum(dim=1).double()
@@ -308,9 +311,9 @@ class LanguageWorld:
                 metrics |= {f"{kind}/{name}": sum(part) / len(part) for name, part in scores.parts.items()}
         metrics["tokens"] = tokens
         metrics |= self._filtering(batch)
-        metrics |= {f"time/{phase}": seconds for phase, seconds in batch.seconds.items()}
-        metrics["time/tokens_per_second_sampled"] = batch.drawn.tokens / batch.seconds["sampling"]
-        return metrics
+        metrics |= {f"time/{phase}": seconds for phase, seconds in batch.clock.seconds.items()}
+        metrics["time/tokens_per_second_sampled"] = batch.drawn.tokens / batch.clock.seconds["sampling"]
+        return metrics | {f"memory/{phase}": peak for phase, peak in batch.clock.peaks.items()}
 
     def _filtering(self, batch: _Batch) -> dict[str, float]:
         """What was drawn and left out; empty unless prompts are filtered."""
@@ -409,13 +412,17 @@ def as_completion(prompt: Prompt, text: str) -> str | list[dict[str, str]]:
 
 
 class _Clock:
-    """Seconds of each phase, by name."""
+    """Seconds of each phase, by name, and the most memory held in it, MiB, where the system tells."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, float] = {}
+        self._memory = PeakMemory(device)
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        now = time.perf_counter()
+        now, peak = time.perf_counter(), self._memory.lap()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        if peak is not None:
+            self.peaks[name] = max(self.peaks.get(name, 0.0), peak)
         self._last = now

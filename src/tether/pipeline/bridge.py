@@ -38,7 +38,9 @@ from torch import Tensor, nn
 
 from tether.control.policy import StateContext
 from tether.errors import UserError
-from tether.language.policy import LanguagePolicy, TokenContext, logits_at, output_head
+from tether.language.context import TokenContext
+from tether.language.policy import LanguagePolicy
+from tether.language.reading import output_head, plain_layout
 from tether.language.sampler import SamplingConfig, draw
 from tether.ppo import Evaluation
 
@@ -91,7 +93,8 @@ class StepwisePolicy:
         """(N,) next tokens of the prefixes (N, L), drawn with `noise` (N,); None: the likeliest."""
         context = self._prefixes(observations)
         rows = torch.arange(len(observations), device=self.device)
-        logits, _ = logits_at(self.policy.model, context, rows, context.starts - 1)
+        with self.policy.precision():
+            logits, _ = self.policy.reader.logits_at(plain_layout(context), (rows, context.starts - 1))
         if noise is None:
             return logits.argmax(dim=-1)
         return draw(logits, noise, SamplingConfig(temperature=self.temperature))[0]

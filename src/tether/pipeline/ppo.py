@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tether.devices import multiplies_bfloat16
 from tether.errors import UserError
 from tether.language.adapters import LoRAConfig, base_of, give_adapters, read_weights
 from tether.language.models import (
@@ -30,6 +31,7 @@ from tether.language.prompts import Prompt, PromptsConfig, load_prompts, prompts
 from tether.language.reference import AdapterReference, ModelReference, Reference, ReferenceConfig
 from tether.language.sampler import Sampler, SamplingConfig
 from tether.language.world import CollectConfig, LanguageWorld
+from tether.memory import keep_freed_memory
 from tether.pipeline.frontier import FrontierConfig, draw_frontier
 from tether.pipeline.training import Trained, restore, train_in_folder
 from tether.pipeline.value_model import critic_from_reward_model
@@ -40,6 +42,8 @@ from tether.rewards.tasks import ProblemsConfig, Task
 from tether.runs.alarms import AlarmsConfig
 from tether.runs.random_states import seed_random_states
 from tether.train import Iteration
+
+AUTOCAST_FROM = 5_000_000  # parameters
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,13 @@ class PPOConfig:
     """Torch device, e.g. cpu or cuda."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the model's parameters. The value head, log-probabilities and losses are float32 always."""
+    autocast: bool | None = None
+    """Multiply matrices in bfloat16; parameters, gradients, logits, values and losses stay in `dtype`. None: where the
+    hardware has instructions for it and the model has 5 million parameters or more, below which it saves no time."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the model's layers with `torch.compile` for learning, which takes a minute and a C++ compiler."""
     separate_value_trunk: bool = False
     """Give the critic a copy of the model's trunk, instead of a head on the policy's own."""
     value_model: str = ""
@@ -158,6 +169,8 @@ def build_ppo(
 ) -> tuple[LanguageWorld, Learner]:
     """World and learner of a configuration, at the start of the run or where `checkpoint` left it.
 
+    The process keeps the memory it frees from then on, see `tether.memory`.
+
     Args:
         config: see `PPOConfig`.
         parts: pieces already in memory.
@@ -166,6 +179,7 @@ def build_ppo(
     Raises:
         UserError: a model, prompts or reward that cannot be used.
     """
+    keep_freed_memory()
     parts = parts or Parts()
     task = Task(config.task, config.problems) if config.task else None
     rewards = Rewards(config.reward, None if parts.reward is None else [parts.reward], task)
@@ -188,7 +202,14 @@ def build_ppo(
     for scorer in (rewards, *([] if gold is None else [gold])):
         scorer.check(columns, [p.source for p in prompts], places)
     model, reference = (_adapted if config.lora.rank else _whole)(config, parts, base, checkpoint)
-    policy = LanguagePolicy(model, config.separate_value_trunk, _critic(config, tokenizer, prompts))
+    policy = LanguagePolicy(
+        model,
+        config.separate_value_trunk,
+        _critic(config, tokenizer, prompts),
+        autocast=_autocast(config, model),
+        checkpointing=config.gradient_checkpointing,
+        compiled=config.compile,
+    )
     kl = KLController(config.kl)
     sampler = Sampler(policy, tokenizer, config.sampling, config.seed)
     world = LanguageWorld(policy, reference, sampler, prompts, rewards, kl, config.collect, config.seed, gold)
@@ -243,6 +264,13 @@ def _adapted(
     if checkpoint is not None:
         read_weights(base, str(checkpoint / "policy"))
     return base, reference
+
+
+def _autocast(config: PPOConfig, model: PreTrainedModel) -> bool:
+    if config.autocast is not None:
+        return config.autocast
+    large = sum(parameter.numel() for parameter in model.parameters()) >= AUTOCAST_FROM
+    return large and config.dtype == "float32" and multiplies_bfloat16(config.device)
 
 
 def _critic(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> Critic | None:

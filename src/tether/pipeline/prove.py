@@ -27,9 +27,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tether.language.context import TokenContext
 from tether.language.enumerable import CriticError, EnumerableWorld, ExactEvaluation, Optimum
 from tether.language.models import prepare_model
-from tether.language.policy import LanguagePolicy, TokenContext
+from tether.language.policy import LanguagePolicy
 from tether.language.prompts import Prompt
 from tether.language.reference import ModelReference
 from tether.language.sampler import Sampler, SamplingConfig

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tether.config import config_to_dict
 from tether.errors import UserError
-from tether.language.cross_entropy import checkpointed_layers
+from tether.language.layers import checkpointed_layers
 from tether.language.preferences import Preference, Preferences, PreferencesConfig, load_preferences
 from tether.pipeline.agreement import Evaluation, evaluate_scores, mean
 from tether.pipeline.comparisons import TokenizedPairs, accumulate_gradients, score_pairs, tokenize_pairs

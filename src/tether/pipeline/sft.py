@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tether.config import config_to_dict
 from tether.errors import UserError
 from tether.language.adapters import LoRAConfig, give_adapters, save_model
-from tether.language.cross_entropy import Passes, accumulate_gradients, checkpointed_layers, mean_loss
+from tether.language.cross_entropy import Passes, accumulate_gradients, mean_loss
+from tether.language.layers import checkpointed_layers
 from tether.language.models import Quantization, check_quantization, load_tokenizer, load_trainable, prepare_tokenizer
 from tether.language.packing import TokenizedSamples, check_packing
 from tether.language.rows import load_rows

@@ -176,6 +176,8 @@ class Learner:
                 total.add(sums)
             if stopped:
                 break
+        for parameter in self._parameters:
+            parameter.grad = None  # their memory is the world's while it collects
         policy_moved = not self._warming_value_up
         self.iteration += 1
         self.updating = False

@@ -12,7 +12,8 @@
     lock             says who is writing
 
 Knows no algorithm and no model. Two runs that compute the same write the same metrics.jsonl, byte for byte, apart from
-the fields that measure time or memory of the machine: their names start with `time/` and they end each line.
+the fields that measure time or memory of the machine: their names start with `time/` or `memory/`, and they end each
+line in this order.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ FRONTIER_FILE = "frontier.json"
 REPORT_FILE = "report.html"
 TENSORBOARD_FOLDER = "tensorboard"
 CHECKPOINTS_FOLDER = "checkpoints"
-TIME_PREFIX = "time/"
+MEASURED = ("time/", "memory/")  # prefixes of what differs from one run to the next
 
 
 class Run:
@@ -131,7 +132,7 @@ class Run:
         or, at worst, a last line without its end.
         """
         numbers = {name: _number(value) for name, value in metrics.items()}
-        line = json.dumps({"iteration": iteration, **_timing_last(numbers)}, allow_nan=False)
+        line = json.dumps({"iteration": iteration, **_measured_last(numbers)}, allow_nan=False)
         if self._metrics is None:
             self._metrics = os.open(self.folder / METRICS_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -266,8 +267,8 @@ def _clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _timing_last(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(sorted(metrics.items(), key=lambda item: item[0].startswith(TIME_PREFIX)))
+def _measured_last(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(sorted(metrics.items(), key=lambda item: [item[0].startswith(kind) for kind in reversed(MEASURED)]))
 
 
 def _number(value: Any) -> bool | int | float | None:

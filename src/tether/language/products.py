@@ -1,0 +1,267 @@
+"""Matrix products of linear layers: on the CPU through oneDNN, and in bfloat16 where asked for.
+
+In float32 torch asks its BLAS, which on many processors leaves the widest vector units idle, and which is slow where a
+matrix has few rows, as when tokens are drawn. oneDNN, which torch brings along and uses for bfloat16 itself, is
+neither, and takes weights laid out once for many products. The layers stay what they are to everyone else: `nn.Linear`
+and transformers' `Conv1D`, whose own forward pass is the definition that the tests hold this to.
+
+`bfloat16_products` rounds what is multiplied in linear layers and nothing else: activations, attention and norms stay
+float32, which on a CPU costs no more than `torch.autocast` does, where they are bfloat16 too.
+
+n = rows of an input, K = its features, M = features of the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+SMALLEST = 2**20  # n·K·M below which calling oneDNN costs more than it saves
+PACKED_FOR = 8  # rows, at least: a layout for fewer is slow for all others
+SMALLEST_PACKED = 2**14  # weights below which packing them saves nothing
+
+
+def use_fast_products(model: nn.Module, head: nn.Module | None = None) -> None:
+    """Let the linear layers of a model multiply by oneDNN where they stand on the CPU.
+
+    What comes out of `head`, if it is such a layer, is float32 from then on, whatever the precision of the others.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = FastLinear
+        elif type(module) is Conv1D:
+            module.__class__ = FastConv1D
+        elif type(module) is nn.Embedding:
+            module.__class__ = FastEmbedding
+        if module is head and isinstance(module, _Fast):
+            module.full_precision = True
+
+
+_low = False  # whether products are to be in bfloat16
+
+
+@contextmanager
+def bfloat16_products(device: torch.device, enabled: bool = True) -> Iterator[None]:
+    """Within this context linear layers multiply in bfloat16: on CUDA by `torch.autocast`, else the fast ones alone."""
+    global _low
+    if device.type == "cuda":
+        with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
+            yield
+        return
+    before, _low = _low, enabled
+    try:
+        yield
+    finally:
+        _low = before
+
+
+@contextmanager
+def packed_weights(models: Sequence[nn.Module], rows: int) -> Iterator[None]:
+    """Within this context the weights stand still, and fast layers keep a copy of theirs laid out for `rows` rows.
+
+    Under `bfloat16_products` the copies are bfloat16.
+    """
+    layers = [module for model in models for module in model.modules() if isinstance(module, _Fast)]
+    try:
+        for layer in layers:
+            layer.pack(max(rows, PACKED_FOR))
+        yield
+    finally:
+        for layer in layers:
+            layer.packed = None
+
+
+class _Fast(nn.Module):
+    """What both kinds of layers share."""
+
+    packed: Tensor | None = None
+    full_precision = False
+
+    def matrix(self) -> Tensor:
+        """(M, K) weights."""
+        raise NotImplementedError
+
+    def pack(self, rows: int) -> None:
+        """Lay the weights out for products without gradients."""
+        weight = self.matrix().detach()
+        small = weight.numel() < SMALLEST_PACKED
+        if small or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return
+        if self.full_precision:
+            weight = weight.float()
+        elif _low:
+            weight = weight.bfloat16()
+        if weight.dtype in (torch.float32, torch.bfloat16):
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+
+    def multiply(self, inputs: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Inputs · weightᵀ + bias, or None where torch's own product is the better one."""
+        weight = self.matrix()
+        shape = (*inputs.shape[:-1], weight.shape[0])
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        if self.packed is not None:
+            bias = None if bias is None else bias.to(self.packed.dtype)
+            result = _by_onednn(rows.to(self.packed.dtype), self.packed, bias)
+            return result.to(torch.float32 if self.full_precision else inputs.dtype).view(shape)
+        if self.full_precision and (torch.is_autocast_enabled(weight.device.type) or weight.dtype != torch.float32):
+            with torch.autocast(weight.device.type, enabled=False):
+                result = full_product(rows, weight) if not torch.is_grad_enabled() else rows.float() @ weight.float().T
+            return (result if bias is None else result + bias.float()).view(shape)
+        small = rows.numel() * len(weight) < SMALLEST
+        if small or weight.dtype != torch.float32 or not _suits_onednn(inputs) or torch.compiler.is_compiling():
+            return None
+        fast: Tensor = _Product.apply(rows, weight, bias, _low and not self.full_precision)
+        return fast.view(shape)
+
+
+class FastLinear(_Fast, nn.Linear):
+    """`nn.Linear`, multiplied by oneDNN."""
+
+    def matrix(self) -> Tensor:
+        """(M, K) weights, as they are stored."""
+        return self.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, K) → (…, M)."""
+        product = self.multiply(input, self.bias)
+        return super().forward(input) if product is None else product
+
+
+class FastConv1D(_Fast, Conv1D):
+    """transformers' `Conv1D`, a linear layer whose weights are stored as (K, M)."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def matrix(self) -> Tensor:
+        """(M, K) weights, a view."""
+        return self.weight.T
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, K) → (…, M)."""
+        product = self.multiply(x, self.bias)
+        return super().forward(x) if product is None else product
+
+
+class _Product(torch.autograd.Function):
+    """inputs (n, K) · weightᵀ (K, M) + bias (M,), and the same products for the gradients; float32 in and out.
+
+    With `low`, factors and products are rounded to bfloat16, the sums in between are not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, low: bool) -> Tensor:
+        if low:
+            inputs, weight = inputs.bfloat16(), weight.bfloat16()
+        ctx.save_for_backward(inputs, weight)
+        if not low:
+            return _by_onednn(inputs, weight, bias)
+        product = _by_onednn(inputs, weight).float()
+        return product if bias is None else product.add_(bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        of_bias = gradient.sum(dim=0) if ctx.needs_input_grad[2] else None
+        gradient = gradient.to(inputs.dtype)
+        of_inputs = product(gradient, weight.T).float() if ctx.needs_input_grad[0] else None
+        of_weight = product(gradient.T, inputs.T).float() if ctx.needs_input_grad[1] else None
+        return of_inputs, of_weight, of_bias, None
+
+
+class FastEmbedding(nn.Embedding):
+    """`nn.Embedding`, whose gradient is added to where that of the output layer, tied to it, lies already."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…,) ids → (…, H)."""
+        plain = self.max_norm is not None or self.scale_grad_by_freq or self.sparse or torch.compiler.is_compiling()
+        if plain or not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return super().forward(input)
+        rows: Tensor = _Rows.apply(self.weight, input, self.padding_idx)
+        return rows
+
+
+class _Rows(torch.autograd.Function):
+    """Rows of a matrix (V, H)."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, padding: int | None) -> Tensor:
+        ctx.save_for_backward(weight, ids)
+        ctx.padding = padding
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+        weight, ids = ctx.saved_tensors
+        flat, rows = ids.flatten(), gradient.reshape(-1, gradient.shape[-1]).to(weight.dtype)
+        if ctx.padding is not None:
+            rows = rows.masked_fill((flat == ctx.padding)[:, None], 0.0)
+        of_weight = GradientOf(weight)
+        of_weight.add(flat, rows)
+        return of_weight.rest(), None, None
+
+
+class GradientOf:
+    """The gradient of a matrix as large as the vocabulary, put together in `.grad`, where it ends.
+
+    Autograd would make such a matrix for each use of the weights and add them up, which costs more than the products do
+    where input and output layer are tied. So these weights want `backward`; to `torch.autograd.grad` they seem unused.
+    Weights that are computed from others get theirs through autograd all the same.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.fresh = not weight.is_leaf or weight.grad is None
+        self.total: Tensor = torch.empty_like(weight) if self.fresh else weight.grad  # type: ignore[assignment]
+
+    def set(self, rows: slice, values: Tensor) -> None:
+        """The gradient of these rows; to be called once for each row."""
+        if self.fresh:
+            self.total[rows] = values
+        else:
+            self.total[rows] += values
+
+    def add(self, rows: Tensor, values: Tensor) -> None:
+        """The gradient of these rows (n,), some of which may be the same, instead."""
+        if self.fresh:
+            self.total.zero_()
+        self.total.index_add_(0, rows, values)
+
+    def rest(self) -> Tensor | None:
+        """What autograd has still to put in place."""
+        if not self.weight.is_leaf:
+            return self.total
+        self.weight.grad = self.total
+        return None
+
+
+def product(inputs: Tensor, weight: Tensor) -> Tensor:
+    """Inputs (n, K) · weightᵀ (K, M), without gradients, by the faster library; both strided as they like."""
+    return _by_onednn(inputs, weight) if _suits_onednn(inputs) else inputs @ weight.T
+
+
+def full_product(inputs: Tensor, weight: Tensor) -> Tensor:
+    """Inputs (n, K) · weightᵀ (K, M) in float32 whatever the precision of the weights, without gradients.
+
+    On CUDA bfloat16 stays bfloat16 on its way in; what comes out is not rounded.
+    """
+    if weight.dtype != torch.float32 and weight.device.type == "cuda":
+        return torch.mm(inputs.to(weight.dtype), weight.T, out_dtype=torch.float32)
+    return product(inputs.float(), weight.float())
+
+
+def _suits_onednn(inputs: Tensor) -> bool:
+    suits = inputs.device.type == "cpu" and inputs.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return suits and not torch.is_autocast_enabled("cpu")
+
+
+def _by_onednn(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+    return result

@@ -1,0 +1,131 @@
+"""The most memory that was held at once in a phase: of a GPU by torch's tensors, on a CPU by the whole process.
+
+The system keeps one such figure, and whoever measures begins it anew; so every measurement goes through here, that of
+the whole process as well. Where the system cannot be asked there is no figure: resident memory is known on Linux alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+import torch
+
+MIB = 2**20
+
+_measuring: WeakSet[PeakMemory] = WeakSet()
+_keeps = False  # whether memory that is freed stays with the process
+_of_process: dict[torch.device, int] = {}  # bytes: the most before the figure was begun anew
+
+
+class PeakMemory:
+    """The most memory held since it was made and since each `lap`. Several may measure at once.
+
+    Args:
+        device: whose memory: that of this GPU, or for `cpu` the resident memory of this process, model and all.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = _one(device)
+        if _keeps:
+            _give_back()
+        self._before = 0  # bytes, before another measurement began the figure anew
+        _begin_anew(self.device)
+        _measuring.add(self)
+
+    def peak(self) -> float | None:
+        """MiB since the last lap; None where the system does not tell."""
+        return self._before / MIB if _begin_anew(self.device) else None
+
+    def lap(self) -> float | None:
+        """The same, and what follows is measured anew."""
+        peak, self._before = self.peak(), 0
+        if _keeps:
+            _give_back()
+            _begin_anew(self.device)
+            self._before = 0
+        return peak
+
+
+def process_peak(device: torch.device | str = "cpu") -> float | None:
+    """MiB since the process began, whatever has been measured meanwhile; None where the system does not tell.
+
+    What others ask the system for, such as `ru_maxrss` of getrusage, begins anew with each measurement.
+    """
+    device = _one(device)
+    now = _peak(device)
+    return None if now is None else max(_of_process.get(device, 0), now) / MIB
+
+
+def _one(device: torch.device | str) -> torch.device:
+    """The device by its number, so that `cuda` and `cuda:0` are the same."""
+    device = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
+
+
+def _peak(device: torch.device) -> int | None:
+    """Bytes since the figure was begun anew."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "cpu":
+        try:
+            status = Path("/proc/self/status").read_bytes()
+        except OSError:  # no Linux
+            return None
+        for line in status.splitlines():
+            if line.startswith(b"VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _begin_anew(device: torch.device) -> bool:
+    """Begin the figure anew, once everyone who measures has it; False where that cannot be done."""
+    peak = _peak(device)
+    if peak is None:
+        return False
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        try:
+            # proc_pid_clear_refs(5): sets the peak to the present; no page is looked at, so it costs microseconds
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:  # a kernel without it, or one that forbids it
+            return False
+    _of_process[device] = max(_of_process.get(device, 0), peak)
+    for measurement in _measuring:
+        if measurement.device == device:
+            measurement._before = max(measurement._before, peak)
+    return True
+
+
+def keep_freed_memory(keep: bool = True) -> bool:
+    """Let this process keep the memory it frees for what it allocates next; returns whether the system can do that.
+
+    glibc gives every large block back to the system at once, and each minibatch then pays again for the first touch of
+    every page: a fifth of PPO's time on a CPU. Only between phases is memory given back then, where a `PeakMemory`
+    laps. False: as glibc does it by itself.
+    """
+    global _keeps
+    set_option = _from_c("mallopt")
+    if set_option is None:
+        return False
+    # the default values of malloc.h, where there is no environment variable to set others
+    mapped_blocks, trim_threshold = (0, 2**31 - 1) if keep else (65536, 128 * 1024)
+    _keeps = bool(set_option(-4, mapped_blocks)) and bool(set_option(-1, trim_threshold)) and keep  # M_MMAP_MAX, M_TRIM
+    _give_back()
+    return _keeps == keep
+
+
+def _give_back() -> None:
+    """Return what is free to the system, so that the next phase is not taken to hold what the last one did."""
+    trim = _from_c("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _from_c(name: str) -> Any:
+    """A function of glibc; None elsewhere."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
