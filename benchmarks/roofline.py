@@ -50,6 +50,8 @@ from workloads import (
     write_json,
 )
 
+from tether.memory import keep_freed_memory
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -259,6 +261,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Exit code."""
     arguments = parse()
+    keep_freed_memory()  # as a run does
     try:
         check_request(arguments)
         machine = machine_line(arguments.device)

@@ -46,6 +46,8 @@ from workloads import (
     write_json,
 )  # fmt: skip
 
+from tether.memory import keep_freed_memory
+
 PHASES = ("sampling", "reference", "learning")
 BASE = Workload(8192, 6, 256, 4, 4, 704, prompts=8, samples=1, prompt_tokens=32, response_tokens=128, epochs=1)
 QUICK = Workload(64, 1, 16, 2, 2, 32, prompts=4, samples=1, prompt_tokens=4, response_tokens=8, epochs=1)
@@ -98,7 +100,9 @@ def variables(quick: bool) -> list[Variable]:
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
     """Median seconds and peak bytes above the start of each phase of a workload's iterations."""
-    if task["exact_memory"] and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+    if not task["exact_memory"]:
+        keep_freed_memory()  # as a run does
+    elif (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(M_MMAP_THRESHOLD, 2**17)  # what is freed is given back at once: slower, and resident is what is in use
     workload = Workload(**task["workload"])
     world, learner = make_ppo(workload, task["device"], task["precision"], microbatch_size=task["microbatch_size"])

@@ -3,7 +3,8 @@
 The output layer is walked tile by tile over the vocabulary, and once more, with the logits computed again, for the
 gradients: memory does not grow with tokens × vocabulary. `action_log_probs`, which takes whole logits, is the
 definition that the tests hold this to. Logits are float32 whatever the precision of the trunk: rounded to bfloat16
-they make the probabilities of drawing and of training differ (MiniMax-M1, arXiv:2506.13585, section 3.2).
+they make the probabilities of drawing and of training differ (MiniMax-M1, arXiv:2506.13585, section 3.2). The products
+for the gradients are in the precision of all others.
 
 n = tokens, H = hidden size, V = vocabulary.
 """
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tether.language.products import GradientOf, full_product, product
+from tether.language.products import GradientOf, full_product, low_precision, product
 
 TILE = 2**20  # logits of one tile: few enough for the caches, enough for fast products
 PROBE = 100.0  # size of the logits at which a head is tried; caps on logits are at 15 to 50
@@ -114,6 +115,7 @@ class _LogProbs(torch.autograd.Function):
         entropy = total.log() - weighted / total
         ctx.save_for_backward(hidden, weight, bias, actions, log_total, entropy)
         ctx.scale = scale
+        ctx.factor = torch.bfloat16 if low_precision() else weight.dtype  # of the products for the gradients
         ctx.set_materialize_grads(False)
         return chosen - log_total, entropy
 
@@ -125,6 +127,7 @@ class _LogProbs(torch.autograd.Function):
         for_hidden = torch.zeros(hidden.shape, device=hidden.device) if needs_hidden else None
         for_weight = GradientOf(weight) if needs_weight else None
         for_bias = torch.empty_like(bias) if needs_bias else None
+        factor = hidden.to(ctx.factor)
         for tile in _tiles(hidden, weight):
             log_probs = _logits(hidden, weight, bias, tile, ctx.scale).sub_(log_total[:, None])
             gradient = log_probs.exp()
@@ -132,18 +135,19 @@ class _LogProbs(torch.autograd.Function):
                 assert of_log_probs is not None
                 gradient *= -of_log_probs[:, None]
             else:
-                factor = -of_entropy[:, None] * (log_probs + entropy[:, None])
-                gradient *= factor if of_log_probs is None else factor - of_log_probs[:, None]
+                slope = -of_entropy[:, None] * (log_probs + entropy[:, None])
+                gradient *= slope if of_log_probs is None else slope - of_log_probs[:, None]
             if of_log_probs is not None:
                 rows, columns = _inside(actions, tile)
                 gradient[rows, columns] += of_log_probs[rows]
             gradient *= ctx.scale
-            if for_hidden is not None:
-                for_hidden += product(gradient.to(weight.dtype), weight[tile].T)
-            if for_weight is not None:
-                for_weight.set(tile, product(gradient.T.to(weight.dtype), hidden.to(weight.dtype).T))
             if for_bias is not None:
                 for_bias[tile] = gradient.sum(dim=0)
+            gradient = gradient.to(ctx.factor)
+            if for_hidden is not None:
+                for_hidden += product(gradient, weight[tile].to(ctx.factor).T)
+            if for_weight is not None:
+                for_weight.set(tile, product(gradient.T, factor.T))
         return (
             None if for_hidden is None else for_hidden.to(hidden.dtype),
             None if for_weight is None else for_weight.rest(),

@@ -60,6 +60,11 @@ def bfloat16_products(device: torch.device, enabled: bool = True) -> Iterator[No
         _low = before
 
 
+def low_precision() -> bool:
+    """Whether `bfloat16_products` holds, elsewhere than on CUDA."""
+    return _low
+
+
 @contextmanager
 def packed_weights(models: Sequence[nn.Module], rows: int) -> Iterator[None]:
     """Within this context the weights stand still, and fast layers keep a copy of theirs laid out for `rows` rows.
