@@ -15,6 +15,7 @@ from weakref import WeakSet
 import torch
 
 MIB = 2**20
+WORTH = 128 * MIB
 
 _measuring: WeakSet[PeakMemory] = WeakSet()
 _keeps = False  # whether memory that is freed stays with the process
@@ -119,10 +120,25 @@ def keep_freed_memory(keep: bool = True) -> bool:
     return _keeps == keep
 
 
+class _Mallinfo2(ctypes.Structure):
+    """What glibc's `mallinfo2` returns: ten sizes, of which one is read here."""
+
+    _fields_ = [(f"other{index}", ctypes.c_size_t) for index in range(8)] + [
+        ("free", ctypes.c_size_t),
+        ("top", ctypes.c_size_t),
+    ]
+
+
 def _give_back() -> None:
-    """Return what is free to the system, so that the next phase is not taken to hold what the last one did."""
-    trim = _from_c("malloc_trim")
-    if trim is not None:
+    """Return what is free to the system, so that the next phase is not taken to hold what the last one did.
+
+    Not less than `WORTH`: what is given back must be asked for anew.
+    """
+    trim, info = _from_c("malloc_trim"), _from_c("mallinfo2")
+    if trim is None or info is None:
+        return
+    info.restype = _Mallinfo2
+    if info().free >= WORTH:
         trim(0)
 
 
