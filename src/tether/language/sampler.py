@@ -230,12 +230,11 @@ def draw(logits: Tensor, uniforms: Tensor, config: SamplingConfig) -> tuple[Tens
     support = support_size(scaled, config.top_k, config.top_p)
     if support is not None:
         scaled = keep_likeliest(scaled, support)
-    largest = scaled.amax(dim=-1, keepdim=True)
-    weights = (scaled - largest).exp_()
+    weights = torch.softmax(scaled, dim=-1)  # of sum 1 up to rounding
     token, total = invert_by_blocks(weights, uniforms)
     if not bool(weights.gather(-1, token).all()):  # rounding has led between two tokens, onto one without probability
         token, total = invert(weights, uniforms)
-    log_prob = scaled.gather(-1, token) - largest - total.log()
+    log_prob = weights.gather(-1, token).double().log() - total.log()
     return token.squeeze(-1), log_prob.squeeze(-1).float(), support
 
 
