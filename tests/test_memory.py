@@ -40,7 +40,7 @@ def test_freed_memory_is_kept_until_the_phase_ends() -> None:
     hold()
     kept = _resident()
     phase.lap()
-    assert kept - _resident() == pytest.approx(HELD, abs=CLOSE)
+    assert kept - _resident() > HELD - CLOSE  # and what else was free
     assert keep_freed_memory(False)
 
 
