@@ -78,8 +78,10 @@ def test_roofline_runs(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert (row["workload"], row["precision"]) == ("tiny", "float32")
     assert row["shares"].keys() == roofline.SHARES.keys()
-    assert all(0 < share < math.inf for share in row["shares"].values())
-    assert all(len(values) == 1 and values[0] > 0 for values in row["rounds"].values())
+    # the time of a decode step is the difference of two times, which of so few steps may come out on either side of 0
+    assert all(math.isfinite(share) for share in row["shares"].values())
+    assert all(len(values) == 1 for values in row["rounds"].values())
+    assert row["shares"]["learning, of peak"] > 0
     assert (tmp_path / "out.png").exists() == PICTURES
 
 
