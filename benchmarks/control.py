@@ -697,27 +697,36 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+def exit_code(script: str, run: Callable[[], None]) -> int:
+    """Run; 0, 1 where a run failed, 2 where something is missing or was asked wrongly: the script says what."""
+    try:
+        run()
+    except MissingError as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        return 2
+    except FailedError as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
 def main() -> int:
     """Exit code."""
     if sys.argv[1:2] == [WORKER]:
         work(json.loads(sys.argv[2]))
         return 0
     arguments = parse()
-    try:
+
+    def run() -> None:
         if arguments.curves:
             draw_runs(arguments.curves, Path(arguments.png))
             print(f"picture: {arguments.png}")
         else:
             compare(arguments)
-    except MissingError as error:
-        print(f"control.py: {error}", file=sys.stderr)
-        return 2
-    except FailedError as error:
-        print(f"control.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    return exit_code("control.py", run)
 
 
 if __name__ == "__main__":

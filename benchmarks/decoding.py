@@ -47,11 +47,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from control import FailedError, MissingError, positive, spread
+from control import FailedError, MissingError, exit_code, positive, spread
 from transformers.utils.logging import disable_progress_bar
 from workloads import (
+    PRECISIONS,
     WORKLOADS,
     Workload,
+    check_request,
     load_pyplot,
     machine_line,
     make_model,
@@ -338,13 +340,7 @@ def compare(arguments: argparse.Namespace) -> None:
         MissingError: something that is needed is not there.
         FailedError: a run ended with an error, or drew otherwise than it was to.
     """
-    for file in (arguments.json, arguments.png):
-        if file and not Path(file).absolute().parent.is_dir():
-            raise MissingError(f"{file}: its folder does not exist")
-    if arguments.png:
-        load_pyplot()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise MissingError("--device cuda: torch finds no GPU")
+    check_request(arguments)
     machine = machine_line(arguments.device, ("tether", "torch", "transformers"))
     if arguments.vllm_python:
         arguments.vllm_python = str(Path(arguments.vllm_python).absolute())
@@ -421,7 +417,7 @@ def parse() -> argparse.Namespace:
     add(
         "--precision",
         nargs="+",
-        choices=["float32", "bfloat16", "bfloat16-weights"],
+        choices=PRECISIONS,
         default=["float32", "bfloat16"],
         help="one or several (default: float32 bfloat16)",
     )
@@ -445,17 +441,7 @@ def main() -> int:
         work(sys.argv[2])
         return 0
     arguments = parse()
-    try:
-        compare(arguments)
-    except MissingError as error:
-        print(f"decoding.py: {error}", file=sys.stderr)
-        return 2
-    except FailedError as error:
-        print(f"decoding.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_code("decoding.py", lambda: compare(arguments))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from control import MissingError, positive
+from control import exit_code, positive
 from workloads import (
     PRECISIONS,
     WORKLOADS,
@@ -258,32 +258,30 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def main() -> int:
-    """Exit code."""
-    arguments = parse()
+def compare(arguments: argparse.Namespace) -> None:
+    """Measure everything, print the tables, write the figures and the picture."""
     keep_freed_memory()  # as a run does
-    try:
-        check_request(arguments)
-        machine = machine_line(arguments.device)
-        print(machine, flush=True)
-        rows: list[dict[str, Any]] = []
-        for name in arguments.workloads:
-            for precision in arguments.precision:
-                workload = WORKLOADS[name]
-                repeats, size = (1, 256) if arguments.quick else (arguments.repeats, None)
-                found, costs = measure(workload, precision, arguments.device, repeats, size)
-                rows.append(row(name, precision, costs, found))
-                write_json(arguments.json, {"machine": machine, "rows": rows})
-                print(f"{name}, {precision}: {found['learning'][-1]:.2f} s of learning in the last round", flush=True)
-    except MissingError as error:
-        print(f"roofline.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    check_request(arguments)
+    machine = machine_line(arguments.device)
+    print(machine, flush=True)
+    rows: list[dict[str, Any]] = []
+    for name in arguments.workloads:
+        for precision in arguments.precision:
+            workload = WORKLOADS[name]
+            repeats, size = (1, 256) if arguments.quick else (arguments.repeats, None)
+            found, costs = measure(workload, precision, arguments.device, repeats, size)
+            rows.append(row(name, precision, costs, found))
+            write_json(arguments.json, {"machine": machine, "rows": rows})
+            print(f"{name}, {precision}: {found['learning'][-1]:.2f} s of learning in the last round", flush=True)
     print(f"\nMedians of {repeats} rounds.\n\n{table(rows)}")
     if arguments.png:
         draw(rows, arguments.png)
-    return 0
+
+
+def main() -> int:
+    """Exit code."""
+    arguments = parse()
+    return exit_code("roofline.py", lambda: compare(arguments))
 
 
 if __name__ == "__main__":

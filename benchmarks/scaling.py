@@ -34,7 +34,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from control import FailedError, MissingError, positive
+from control import FailedError, exit_code, positive
 from workloads import (
     PRECISIONS,
     PhaseMeter,
@@ -275,32 +275,27 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
-    """Exit code."""
-    arguments = parse()
+def compare(arguments: argparse.Namespace) -> None:
+    """Measure everything, write the figures and the picture."""
     report: dict[str, Any] = {"precision": arguments.precision, "sweeps": [], "learner": []}
-    try:
-        check_request(arguments)
-        report["machine"] = machine_line(arguments.device)
-        print(f"{report['machine']}; {arguments.precision}", flush=True)
-        for variable in variables(arguments.quick):
-            if variable.name in arguments.only:
-                report["sweeps"].append(sweep(variable, arguments))
-                write_json(arguments.json, report)
-        if "learner" in arguments.only:
-            report["learner"] = learner_slopes(arguments)
-    except MissingError as error:
-        print(f"scaling.py: {error}", file=sys.stderr)
-        return 2
-    except FailedError as error:
-        print(f"scaling.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    check_request(arguments)
+    report["machine"] = machine_line(arguments.device)
+    print(f"{report['machine']}; {arguments.precision}", flush=True)
+    for variable in variables(arguments.quick):
+        if variable.name in arguments.only:
+            report["sweeps"].append(sweep(variable, arguments))
+            write_json(arguments.json, report)
+    if "learner" in arguments.only:
+        report["learner"] = learner_slopes(arguments)
     write_json(arguments.json, report)
     if arguments.png:
         draw(report, arguments.png)
-    return 0
+
+
+def main() -> int:
+    """Exit code."""
+    arguments = parse()
+    return exit_code("scaling.py", lambda: compare(arguments))
 
 
 if __name__ == "__main__":

@@ -55,10 +55,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from control import FailedError, MissingError, positive, spread
+from control import FailedError, MissingError, exit_code, positive, spread
 from workloads import (
+    PRECISIONS,
     WORKLOADS,
     Workload,
+    check_request,
     load_pyplot,
     machine_line,
     make_model,
@@ -442,13 +444,7 @@ def compare(arguments: argparse.Namespace) -> None:
         MissingError: something that is needed is not there.
         FailedError: a run ended with an error, or contestants did not do the same.
     """
-    for file in (arguments.json, arguments.png):
-        if file and not Path(file).absolute().parent.is_dir():
-            raise MissingError(f"{file}: its folder does not exist")
-    if arguments.png:
-        load_pyplot()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise MissingError("--device cuda: torch finds no GPU")
+    check_request(arguments)
     contestants = arguments.contestants + ["trl-checkpointing"] * arguments.trl_checkpointing
     machine, pythons = machine_line(arguments.device, ("tether", "torch", "transformers")), {}
     if any(c.startswith("trl") for c in contestants):
@@ -544,7 +540,7 @@ def parse() -> argparse.Namespace:
     add(
         "--precision",
         nargs="+",
-        choices=["float32", "bfloat16", "bfloat16-weights"],
+        choices=PRECISIONS,
         default=["float32", "bfloat16"],
         help="one or several (default: float32 bfloat16)",
     )
@@ -576,17 +572,7 @@ def main() -> int:
         work(Task(**json.loads(sys.argv[2])))
         return 0
     arguments = parse()
-    try:
-        compare(arguments)
-    except MissingError as error:
-        print(f"vs_trl.py: {error}", file=sys.stderr)
-        return 2
-    except FailedError as error:
-        print(f"vs_trl.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_code("vs_trl.py", lambda: compare(arguments))
 
 
 if __name__ == "__main__":
