@@ -24,23 +24,30 @@ def make_policy(kind: str = "llama", critic: bool = False) -> LanguagePolicy:
     return perturbed(LanguagePolicy(make_model(kind), separate_value_trunk=critic), 0.02)
 
 
-def make_decoder(kind: type[Decoder], policy: LanguagePolicy, capacity: int = 8, room: int = 24) -> Decoder:
-    return kind(policy, capacity, max(map(len, PROMPTS)), room)
+def make_decoder(
+    kind: type[Decoder],
+    policy: LanguagePolicy,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    capacity: int = 8,
+    room: int = 24,
+) -> Decoder:
+    return kind(policy, prompts, capacity, room)
 
 
-def read(decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int, ends: Sequence[Sequence[int]]) -> list[Tensor]:
+def read(decoder: Decoder, steps: int, ends: Sequence[Sequence[int]]) -> list[Tensor]:
     """Logits and values of every response, side by side: response i leaves after the step in which `ends` names it."""
+    count = len(decoder.waiting)
     generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(4, 16, (steps, len(prompts)), generator=generator)
-    seen: list[list[Tensor]] = [[] for _ in prompts]
-    active = torch.arange(len(prompts))
+    tokens = torch.randint(4, 16, (steps, count), generator=generator)
+    seen: list[list[Tensor]] = [[] for _ in range(count)]
+    active = torch.arange(count)
 
     def note(logits: Tensor, values: Tensor) -> None:
         for row, response in enumerate(active.tolist()):
             seen[response].append(torch.cat([logits[row], values[row : row + 1]]))
 
     with torch.no_grad():
-        note(*decoder.admit(prompts))
+        note(*decoder.admit(count))
         for step in range(steps):
             note(*decoder.step(tokens[step, active]))
             alive = torch.tensor([response not in ends[step] for response in active.tolist()])
@@ -54,8 +61,8 @@ def test_slots_give_what_the_plain_cache_gives(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(decoding, "SLACK", 1)
     policy = make_policy(kind, critic)
     ends: list[list[int]] = [[], [0], [], [5, 3], [], [1], [], [], []]
-    plain = read(make_decoder(PlainDecoder, policy), PROMPTS, len(ends), ends)
-    slots = read(make_decoder(SlotDecoder, policy), PROMPTS, len(ends), ends)
+    plain = read(make_decoder(PlainDecoder, policy), len(ends), ends)
+    slots = read(make_decoder(SlotDecoder, policy), len(ends), ends)
     assert [len(rows) for rows in slots] == [3, 7, 10, 5, 10, 5]
     for found, expected in zip(slots, plain, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
@@ -63,16 +70,16 @@ def test_slots_give_what_the_plain_cache_gives(monkeypatch: pytest.MonkeyPatch, 
 
 def test_columns_that_no_row_needs_are_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "SLACK", 2)
-    decoder = make_decoder(SlotDecoder, make_policy(), capacity=2, room=6)
+    decoder = make_decoder(SlotDecoder, make_policy(), PROMPTS[:4] * 3, capacity=2, room=6)
     assert isinstance(decoder, SlotDecoder)
-    longest = max(map(len, PROMPTS))
-    alone = {row: read(make_decoder(PlainDecoder, decoder.policy), [PROMPTS[row]], 3, [[]] * 3)[0] for row in range(4)}
+    longest = max(map(len, PROMPTS[:4]))
+    alone = {row: read(make_decoder(PlainDecoder, decoder.policy, [PROMPTS[row]]), 3, [[]] * 3)[0] for row in range(4)}
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(4, 16, (3, 1), generator=generator)
     with torch.no_grad():
         for turn in range(12):  # far more columns than there are
             row = turn % 4
-            logits, values = decoder.admit([PROMPTS[row]])
+            logits, values = decoder.admit(1)
             torch.testing.assert_close(torch.cat([logits[0], values]), alone[row][0], atol=1e-5, rtol=1e-4)
             for step in range(3):
                 logits, values = decoder.step(tokens[step])
@@ -102,6 +109,19 @@ def test_a_prompt_is_read_once_for_all_its_responses(monkeypatch: pytest.MonkeyP
     samples = sampler.sample([PROMPTS[0]] * 5 + [PROMPTS[1]] * 5)
     assert len({tuple(ids) for ids in samples.response_ids}) > 2
     assert [rows for rows, _ in passes] == [2, 10, 10]
+
+
+def test_prompts_are_read_ahead_as_many_as_there_are_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = counted(monkeypatch)
+    decoder = make_decoder(SlotDecoder, make_policy(), PROMPTS[:3] * 4 + PROMPTS[3:] * 2, capacity=4)
+    read_alone = [read(make_decoder(PlainDecoder, decoder.policy, [ids]), 0, [])[0][0] for ids in PROMPTS]
+    passes.clear()
+    with torch.no_grad():
+        for row in [0, 1, 2] * 4 + [3, 4, 5] * 2:
+            logits, values = decoder.admit(1)
+            torch.testing.assert_close(torch.cat([logits[0], values]), read_alone[row], atol=1e-5, rtol=1e-4)
+            decoder.keep(torch.tensor([False]))
+    assert [rows for rows, _ in passes] == [4, 3]  # the first four distinct ones, then all that are still wanted
 
 
 def test_only_tokens_that_are_drawn_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:

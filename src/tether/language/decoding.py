@@ -2,7 +2,7 @@
 
 Two decoders give the same numbers. `PlainDecoder` is the definition: transformers' own cache, one batch after another.
 `SlotDecoder` is the fast one: keys and values lie in buffers that are made once, a row that has ended leaves at once, a
-waiting prompt takes its place, and prompts that are alike are read once.
+waiting prompt takes its place, and prompts are read many at a time, those that are alike once.
 
 n = rows that are read, B = slots, H = heads, D = size of a head, L = columns of the cache, V = vocabulary.
 """
@@ -10,7 +10,10 @@ n = rows that are read, B = slots, H = heads, D = size of a head, L = columns of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -29,15 +32,22 @@ class Decoder(ABC):
 
     Args:
         policy: whose model and critic read.
+        prompt_ids: prompts in the order in which they will be admitted, one for each response.
         capacity: the most rows at once.
-        longest_prompt: tokens of the longest prompt that will be admitted.
         most_tokens: the most that are drawn after a prompt.
+
+    Attributes:
+        waiting: prompts that have not been admitted.
+        rows: sequences that grow now.
     """
 
-    def __init__(self, policy: LanguagePolicy, capacity: int, longest_prompt: int, most_tokens: int) -> None:
+    def __init__(
+        self, policy: LanguagePolicy, prompt_ids: Sequence[Sequence[int]], capacity: int, most_tokens: int
+    ) -> None:
         self.policy = policy
         self.capacity = capacity
-        self.longest_prompt, self.most_tokens = longest_prompt, most_tokens
+        self.longest_prompt, self.most_tokens = max(map(len, prompt_ids)), most_tokens
+        self.waiting = deque(tuple(ids) for ids in prompt_ids)
         self.rows = 0
 
     @property
@@ -46,11 +56,11 @@ class Decoder(ABC):
         """How many rows may be admitted now."""
 
     @abstractmethod
-    def admit(self, prompt_ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Read prompts into new rows, after those that there are.
+    def admit(self, count: int) -> tuple[Tensor, Tensor]:
+        """The next `count` prompts in new rows, after those that there are.
 
         Returns:
-            Logits (m, V) of the first tokens of the m new rows and V (m,) of the states before them.
+            Logits (count, V) of the first tokens of the new rows and V (count,) of the states before them.
         """
 
     @abstractmethod
@@ -78,6 +88,18 @@ class _Caches:
 
     def all(self) -> list[Any]:
         return [self.policy] if self.critic is None else [self.policy, self.critic]
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Prompts that have been read: the number of each, where it begins in `columns` columns, its states and logits."""
+
+    number: dict[tuple[int, ...], int]
+    columns: int
+    starts: Tensor  # (p,)
+    caches: _Caches
+    logits: Tensor  # (p, V)
+    values: Tensor  # (p,)
 
 
 def _padded(prompt_ids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -110,10 +132,10 @@ class PlainDecoder(Decoder):
         """All or nothing."""
         return 0 if self.rows else self.capacity
 
-    def admit(self, prompt_ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    def admit(self, count: int) -> tuple[Tensor, Tensor]:
         """Read a new batch."""
         self._caches = _Caches(self.policy, lambda model: DynamicCache(config=model.config))
-        tokens, self._starts = _padded(prompt_ids, self.policy.device)
+        tokens, self._starts = _padded([self.waiting.popleft() for _ in range(count)], self.policy.device)
         self.rows, self._end = tokens.shape
         return self._read(_inputs(tokens, self._starts, self._end), self._caches)
 
@@ -139,12 +161,15 @@ class SlotDecoder(Decoder):
     needs any more are taken off in front when the end of the buffers is reached.
     """
 
-    def __init__(self, policy: LanguagePolicy, capacity: int, longest_prompt: int, most_tokens: int) -> None:
-        super().__init__(policy, capacity, longest_prompt, most_tokens)
-        self._columns = longest_prompt + most_tokens + SLACK
+    def __init__(
+        self, policy: LanguagePolicy, prompt_ids: Sequence[Sequence[int]], capacity: int, most_tokens: int
+    ) -> None:
+        super().__init__(policy, prompt_ids, capacity, most_tokens)
+        self._columns = self.longest_prompt + most_tokens + SLACK
         self._caches = _Caches(policy, lambda model: _SlotCache(model, capacity, self._columns))
         self._starts = torch.zeros(capacity, dtype=torch.long)
-        self._end = longest_prompt
+        self._end = self.longest_prompt
+        self._ahead: _Prompts | None = None
 
     @staticmethod
     def fits(policy: LanguagePolicy) -> bool:
@@ -159,21 +184,43 @@ class SlotDecoder(Decoder):
         """The slots that are free."""
         return self.capacity - self.rows
 
-    def admit(self, prompt_ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Read each distinct prompt once, and copy its states to the slots of its responses."""
-        distinct = list(dict.fromkeys(tuple(ids) for ids in prompt_ids))
-        number = {ids: index for index, ids in enumerate(distinct)}
-        which = torch.tensor([number[tuple(ids)] for ids in prompt_ids])
+    def admit(self, count: int) -> tuple[Tensor, Tensor]:
+        """Copy states of prompts to the slots of their responses; prompts are read ahead, as many as there are slots.
+
+        A weight is fetched from memory once for all of them, which for a few prompts takes as long as for one.
+        """
+        parts = []
+        while count:
+            if self._ahead is None or self.waiting[0] not in self._ahead.number:
+                self._ahead = self._read_ahead()
+            which = []
+            while len(which) < count and self.waiting and self.waiting[0] in self._ahead.number:
+                which.append(self._ahead.number[self.waiting.popleft()])
+            parts.append(self._place(self._ahead, torch.tensor(which)))
+            count -= len(which)
+        if not self.waiting:
+            self._ahead = None
+        return torch.cat([logits for logits, _ in parts]), torch.cat([values for _, values in parts])
+
+    def _read_ahead(self) -> _Prompts:
+        """The next distinct prompts."""
+        self._ahead = None  # its memory first
+        distinct = list(islice(dict.fromkeys(self.waiting), self.capacity))
         tokens, starts = _padded(distinct, self.policy.device)
-        read = _Caches(self.policy, lambda model: _whole_cache(model))
-        logits, values = self._read(_inputs(tokens, starts, tokens.shape[1]), read)
+        caches = _Caches(self.policy, lambda model: _whole_cache(model))
+        logits, values = self._read(_inputs(tokens, starts, tokens.shape[1]), caches)
+        number = {ids: index for index, ids in enumerate(distinct)}
+        return _Prompts(number, tokens.shape[1], starts, caches, logits, values)
+
+    def _place(self, prompts: _Prompts, which: Tensor) -> tuple[Tensor, Tensor]:
+        """Fill the next slots with the prompts of these numbers."""
         slots = slice(self.rows, self.rows + len(which))
-        self._starts[slots] = self._end - tokens.shape[1] + starts[which]
-        which = which.to(tokens.device)
-        for cache, source in zip(self._caches.all(), read.all(), strict=True):
+        self._starts[slots] = self._end - prompts.columns + prompts.starts[which]
+        which = which.to(self.policy.device)
+        for cache, source in zip(self._caches.all(), prompts.caches.all(), strict=True):
             cache.write(slots, self._end, source, which)
         self.rows = slots.stop
-        return logits[which], values[which]
+        return prompts.logits[which], prompts.values[which]
 
     def step(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """One more column."""

@@ -132,7 +132,7 @@ class Sampler:
             if room and (room >= decoder.capacity // AT_ONCE or room == len(prompt_ids) - begun or not len(active)):
                 fresh = torch.arange(begun, begun + room)
                 begun += room
-                logits, values = decoder.admit(prompt_ids[begun - room : begun])
+                logits, values = decoder.admit(room)
                 self._take(drawn, fresh, logits, values)
                 active = torch.cat([active, fresh])
             else:
@@ -144,7 +144,7 @@ class Sampler:
 
     def _decoder(self, prompt_ids: Sequence[Sequence[int]]) -> Decoder:
         kind = SlotDecoder if SlotDecoder.fits(self.policy) else PlainDecoder
-        return kind(self.policy, self._rows(prompt_ids), max(map(len, prompt_ids)), self.config.max_new_tokens)
+        return kind(self.policy, prompt_ids, self._rows(prompt_ids), self.config.max_new_tokens)
 
     def _rows(self, prompt_ids: Sequence[Sequence[int]]) -> int:
         return min(self.config.batch_size, len(prompt_ids))
