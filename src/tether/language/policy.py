@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from tether.language.context import TokenContext
 from tether.language.layers import LearningLayers
+from tether.language.norms import use_fast_norms
 from tether.language.products import bfloat16_products, use_fast_products
 from tether.language.reading import Layout, Reader, output_head, plain_layout
 from tether.ppo import Evaluation
@@ -79,6 +80,7 @@ class LanguagePolicy(nn.Module):
         self.reader = Reader(model, checkpointing, compiled)
         if self.value_trunk is not None:
             use_fast_products(self.value_trunk)
+            use_fast_norms(self.value_trunk)
             self._trunk_layers = LearningLayers(self.value_trunk, checkpointing, compiled)
 
     @property

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from tether.language.context import TokenContext
 from tether.language.head import Head, action_log_probs
 from tether.language.layers import LearningLayers
+from tether.language.norms import use_fast_norms
 from tether.language.packing import ROW_FACTOR, best_fit, packing_fault
 from tether.language.products import bfloat16_products, use_fast_products
 
@@ -48,7 +49,7 @@ class Reader:
     """Reads with a model, by the fastest way that the model allows.
 
     Args:
-        model: its linear layers multiply by `tether.language.products` from then on.
+        model: its linear layers and norms run as in `tether.language.products` and `norms` from then on.
         checkpointing: compute activations again in the backward pass instead of keeping them.
         compiled: run the layers through `torch.compile` where gradients are wanted.
     """
@@ -57,6 +58,7 @@ class Reader:
         self.model = model
         self.layers = LearningLayers(model, checkpointing, compiled)
         use_fast_products(model, output_head(model))
+        use_fast_norms(model)
         self.head = Head.of(model)
 
     @cached_property
