@@ -193,7 +193,7 @@ class SlotDecoder(Decoder):
         while count:
             if self._ahead is None or self.waiting[0] not in self._ahead.number:
                 self._ahead = self._read_ahead()
-            which = []
+            which: list[int] = []
             while len(which) < count and self.waiting and self.waiting[0] in self._ahead.number:
                 which.append(self._ahead.number[self.waiting.popleft()])
             parts.append(self._place(self._ahead, torch.tensor(which)))

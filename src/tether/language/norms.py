@@ -8,7 +8,6 @@ H = hidden size.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
@@ -67,9 +66,13 @@ class _RMSNorm(torch.autograd.Function):
         return of_input, of_weight, None
 
 
-@functools.cache
+_kinds: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _fast(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (FastRMSNorm, kind), {"__module__": kind.__module__})
+    if kind not in _kinds:
+        _kinds[kind] = type(kind.__name__, (FastRMSNorm, kind), {"__module__": kind.__module__})
+    return _kinds[kind]
 
 
 def _epsilon(module: nn.Module) -> float:
