@@ -216,6 +216,17 @@ def _report(arguments: list[str]) -> int:
     return 0
 
 
+def _studio(arguments: list[str]) -> int:
+    from tether.config import load_config
+    from tether.studio import StudioConfig, serve
+
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--runs", *arguments]
+    description = "A web page over a folder of runs: tether studio RUNS. Works while they train."
+    serve(load_config(StudioConfig, arguments, "tether studio", description))
+    return 0
+
+
 def _export(arguments: list[str]) -> int:
     from tether.config import load_config
     from tether.pipeline.export import ExportConfig, export
@@ -261,6 +272,7 @@ COMMANDS = {
     "generate": _Command("responses of a policy to prompts", _generate),
     "eval": _Command("mean score and pass@k of a policy on prompts with a reward", _evaluate),
     "report": _Command("a run as one page: was the reward followed or fooled?", _report),
+    "studio": _Command("a web page over the runs: metrics, episodes, labelling", _studio),
     "export": _Command("a policy as one plain folder, adapters merged", _export),
     "explain": _Command("one episode of each world in the same table", _explain),
     "prove": _Command("PPO in a world whose optimum is known: how near does it come?", _prove),
