@@ -8,7 +8,6 @@ from urllib.parse import urlencode
 from fastapi import APIRouter, Query
 from fastapi.responses import FileResponse
 
-from tether.errors import UserError
 from tether.runs.episode_queries import find_episodes
 from tether.runs.episodes import EPISODES_FILE
 
@@ -16,7 +15,7 @@ from .asking import Episodes, Id, Runs, Store
 from .episodes import across_iterations, episode_details, film_of, summary_of
 from .places import relative
 from .replies import Json, reading
-from .runs import config_of
+from .runs import config_or_nothing
 
 MOST_ROWS = 200  # of one answer
 
@@ -39,11 +38,7 @@ def episodes(
 @router.get("/episode")
 def episode(folder: Store, catalogue: Runs, id: Id) -> Json:
     """One episode, step by step."""
-    try:
-        config = config_of(folder)
-    except UserError:
-        config = {}  # the clip range is then the default
-    details = episode_details(folder, id, config)
+    details = episode_details(folder, id, config_or_nothing(folder))
     if details["film"] is not None:
         details["film"] = "/api/film?" + urlencode({"run": relative(catalogue.root, folder), "id": id})
     return Json(details)

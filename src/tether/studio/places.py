@@ -9,11 +9,11 @@ from pathlib import Path, PurePosixPath
 
 from tether.runs.episodes import EPISODES_FILE
 from tether.runs.folder import ALARMS_FILE, CONFIG_FILE, METRICS_FILE
+from tether.runs.labels import LABELS_SUFFIX
 
 from .replies import ForbiddenError, NotFoundError
 
 READ = (CONFIG_FILE, METRICS_FILE, ALARMS_FILE, EPISODES_FILE, f"{EPISODES_FILE}-wal", f"{EPISODES_FILE}-shm", "lock")
-LABELS = ".labels.db"
 
 
 def inside(root: Path, name: str) -> Path:
@@ -71,8 +71,8 @@ def is_run(folder: Path) -> bool:
 
 def label_file(root: Path, name: str) -> Path:
     """The file of a set of labels."""
-    if not name.endswith(LABELS):
-        raise NotFoundError(f"{name!r}: no set of labels, expected a file *{LABELS}")
+    if not name.endswith(LABELS_SUFFIX):
+        raise NotFoundError(f"{name!r}: no set of labels, expected a file *{LABELS_SUFFIX}")
     file = inside(root, name)
     if not file.is_file():
         raise NotFoundError(f"{name!r}: no such file")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import sqlite3
 from collections.abc import Iterator
@@ -20,8 +19,6 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from tether.errors import UserError, reason
-
-logger = logging.getLogger("tether")
 
 
 class NotFoundError(UserError):
@@ -104,5 +101,4 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Json:
-        logger.error("%s: %s", request.url.path, reason(error), exc_info=error)
         return problem(500, f"the studio failed: {reason(error)}; the terminal that it runs in says more")

@@ -21,11 +21,12 @@ from tether.errors import UserError
 from tether.runs.checkpoints import list_checkpoints
 from tether.runs.episodes import EPISODES_FILE
 from tether.runs.folder import ALARMS_FILE, CHECKPOINTS_FOLDER, CONFIG_FILE, METRICS_FILE, TENSORBOARD_FOLDER
+from tether.runs.labels import LABELS_SUFFIX
 from tether.runs.lock import is_held
 from tether.yaml_file import read_yaml
 
 from .metrics import MetricsLog, Row
-from .places import LABELS, is_run, relative, strays
+from .places import is_run, relative, strays
 
 SPARKS = 40  # numbers of a sparkline
 DEPTH = 5  # folders within folders
@@ -95,11 +96,12 @@ class Catalogue:
         return sorted(path for folder in _folders(self.root) for path in _label_files(folder))
 
     def _summary(self, folder: Path) -> RunSummary:
-        sign = (is_held(folder), *(_stamp(folder / name) for name in (CONFIG_FILE, METRICS_FILE, ALARMS_FILE)))
-        sign = (*sign, (folder / EPISODES_FILE).is_file())
+        held = is_held(folder)
+        stamps = [_stamp(folder / name) for name in (CONFIG_FILE, METRICS_FILE, ALARMS_FILE)]
+        sign = (held, (folder / EPISODES_FILE).is_file(), *stamps)
         kept = self._kept.get(folder)
         if kept is None or kept[0] != sign:
-            kept = (sign, self._summarise(folder, held=sign[0]))
+            kept = (sign, self._summarise(folder, held))
             self._kept[folder] = kept
         return kept[1]
 
@@ -142,13 +144,9 @@ def run_details(catalogue: Catalogue, folder: Path) -> dict[str, Any]:
     """A run's page, less its metrics."""
     summary = catalogue.summary(folder)
     rows = catalogue.log(folder).rows()
-    try:
-        config: dict[str, Any] = config_of(folder)
-    except UserError:
-        config = {}  # the summary's fault says why
     names = dict.fromkeys(name for row in rows for name in row)
     return asdict(summary) | {
-        "config": config,
+        "config": config_or_nothing(folder),
         "metrics": [name for name in names if name != "iteration"],
         "alarms": alarms_of(folder),
         "raised": summary.alarms,
@@ -186,6 +184,14 @@ def config_of(folder: Path) -> dict[str, Any]:
         raise UserError(f"{file.name}: longer than {LONGEST_FILE:,} bytes, expected a configuration")
     left = [MOST_NODES]
     return dict(_plain(read_yaml(file), left, 0, file.name))
+
+
+def config_or_nothing(folder: Path) -> dict[str, Any]:
+    """The same; empty where it is damaged, which the run's summary says."""
+    try:
+        return config_of(folder)
+    except UserError:
+        return {}
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
@@ -285,7 +291,7 @@ def _folders(root: Path) -> Iterator[Path]:
 def _label_files(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if entry.name.endswith(LABELS)]
+            names = [entry.name for entry in entries if entry.name.endswith(LABELS_SUFFIX)]
     except OSError:
         return []
     return [folder / name for name in names if (folder / name).is_file() and not (folder / name).is_symlink()]
