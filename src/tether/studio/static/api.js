@@ -44,10 +44,9 @@ export async function post(name, body) {
 export const exportAddress = (file, query = {}) => address(`/api/export/${file}`, query);
 
 const listeners = new Set();
-let source = null;
-
-function connect() {
-  source = new EventSource("/api/events");
+/** Listen to the server from now on. */
+export function connect() {
+  const source = new EventSource("/api/events");
   const tell = (state) => document.documentElement.setAttribute("data-connection", state);
   source.addEventListener("open", () => tell("live"));
   source.addEventListener("error", () => tell("lost"));
@@ -59,7 +58,6 @@ function connect() {
 
 /** Call `listener({run, iteration, state})` whenever a run has changed, until `signal` aborts. */
 export function onChange(listener, signal) {
-  if (source === null) connect();
   listeners.add(listener);
   signal.addEventListener("abort", () => listeners.delete(listener));
 }

@@ -1,5 +1,6 @@
 // Starts the studio: the header, the theme's switch, the keys, and the pages by their addresses.
 
+import { connect } from "./api.js";
 import { route, start } from "./router.js";
 import { showKeys, startKeys } from "./keys.js";
 
@@ -32,4 +33,5 @@ label();
 
 document.getElementById("show-keys").addEventListener("click", showKeys);
 startKeys();
+connect();
 start();

@@ -3,7 +3,7 @@
 
 import uPlot from "./vendor/uplot/uPlot.esm.js";
 import { h, button } from "./dom.js";
-import { number } from "./format.js";
+import { axisNumbers, number } from "./format.js";
 import { saveChartPng, saveChartSvg } from "./image.js";
 
 const HEIGHT = 172;
@@ -92,10 +92,8 @@ class Chart {
   }
 
   update(x, columns) {
-    const grown = x.length - this.data.x.length;
     this.data = { x, columns };
-    if (this.plot && grown !== 0) this.draw();
-    else this.draw();
+    this.draw();
   }
 
   /** What uPlot draws: per series the raw line (faint, when smoothed), the line, and the edges of its band. */
@@ -124,7 +122,7 @@ class Chart {
       this.plot.setData(data, false);
       this.fit();
     }
-    this.read(null);
+    this.read(this.plot.cursor.idx ?? this.pointed ?? null);
   }
 
   fit() {
@@ -170,7 +168,7 @@ class Chart {
       axes: [this.axis({ size: 26, space: 56, values: (u, all) => all.map((v) => (Number.isInteger(v) ? String(v) : "")) }), this.axis({
         size: (u, all) => 14 + 6.4 * Math.max(1, ...(all ?? []).map((text) => text?.length ?? 0)),
         space: 32,
-        values: (u, all) => all.map((v) => number(v)),
+        values: (u, all) => axisNumbers(all),
       })],
       cursor: {
         sync: { key: this.group.sync.key, setSeries: false, scales: ["x", null] },
@@ -180,7 +178,8 @@ class Chart {
         bind: { dblclick: () => () => this.group.zoom(null) },
       },
       hooks: {
-        setCursor: [(u) => this.read(u.cursor.idx)],
+        ready: [() => this.point(this.pointed)],
+        setCursor: [(u) => this.moved(u)],
         setSelect: [(u) => this.selected(u)],
         draw: [(u) => this.drawMarks(u)],
       },
@@ -223,8 +222,10 @@ class Chart {
       ctx.moveTo(bbox.left, y);
       ctx.lineTo(bbox.left + bbox.width, y);
       ctx.stroke();
+      ctx.textAlign = "left";
+      ctx.textBaseline = "bottom";
       ctx.font = `${10 * scale}px Inter, system-ui, sans-serif`;
-      ctx.fillText(label, bbox.left + 6 * scale, y - 4 * scale);
+      ctx.fillText(label, bbox.left + 6 * scale, y - 2 * scale);
     }
     ctx.setLineDash([]);
     for (const x of this.spec.marks?.() ?? []) {
@@ -247,21 +248,22 @@ class Chart {
     });
     const pointed = index !== null && index !== undefined && x[index] !== undefined;
     this.where.textContent = pointed ? `${this.group.axis} ${x[index]}` : "";
-    if (pointed) this.spec.onPoint?.(index);
   }
 
+  /** Put the cursor at an index from outside: `onPoint` is not told. */
   point(index) {
-    if (!this.plot || !this.data.x.length) return;
-    const left = index === null ? -10 : this.plot.valToPos(this.data.x[index], "x");
-    this.plot.setCursor({ left, top: 10 }, false);
-    this.quietly(() => this.read(index));
+    this.pointed = index;
+    if (!this.plot || index === null || index === undefined) return;
+    this.plot.setCursor({ left: this.plot.valToPos(this.data.x[index], "x"), top: 10 }, false);
+    this.read(index);
   }
 
-  quietly(run) {
-    const { onPoint } = this.spec;
-    this.spec.onPoint = null;
-    run();
-    this.spec.onPoint = onPoint;
+  /** The cursor moved: by the pointer, by keys, or by a linked chart. */
+  moved(u) {
+    const index = u.cursor.idx ?? null;
+    this.read(index);
+    if (this.spec.onPoint && (this.place.matches(":hover") || this.place === document.activeElement)) this.spec.onPoint(index);
+    else if (this.spec.onPoint && index === null) this.spec.onPoint(null);
   }
 
   key(event) {

@@ -2,11 +2,14 @@
 
 import { number, signed } from "./format.js";
 
-/** Signed quantities have two colours around 0; the others one, from `from` on. */
+/**
+ * Signed quantities have two colours around 0: blue for what is better for the objective, orange for what is worse or
+ * costs (KL above 0). The others have one.
+ */
 export const QUANTITIES = [
   { name: "advantage", label: "Advantage", signed: true, words: "better or worse than the critic expected" },
   { name: "value", label: "Value", signed: true, words: "V(s), what the critic expects from here on" },
-  { name: "kl", label: "KL", signed: true, words: "log π_old − log π_ref: liked more or less than the reference does" },
+  { name: "kl", label: "KL", signed: true, cost: true, words: "log π_old − log π_ref: liked more or less than the reference does" },
   { name: "log_prob", label: "Log-prob", signed: false, down: true, words: "log π_old(a|s): the unlikely ones stand out" },
   { name: "reward", label: "Reward", signed: true, words: "of this step, penalties included" },
   { name: "entropy", label: "Entropy", signed: false, words: "of π, nats: where the policy was undecided" },
@@ -26,9 +29,19 @@ export function makeScale(quantity, columns) {
 export function shade(element, scale, value) {
   const known = Number.isFinite(value);
   const size = known ? Math.min(1, Math.abs(value) / scale.limit) : 0;
-  const kind = !known ? "none" : !scale.quantity.signed ? "plain" : value < 0 ? "down" : "up";
-  element.dataset.shade = kind;
+  element.dataset.shade = !known ? "none" : kindOf(scale.quantity, value);
   element.style.setProperty("--shade", `${Math.round(size * 100)}%`);
+}
+
+function kindOf(quantity, value) {
+  if (!quantity.signed) return "plain";
+  return value < 0 === Boolean(quantity.cost) ? "better" : "worse";
+}
+
+/** How the legend's ramp runs. */
+export function rampKind(quantity) {
+  if (!quantity.signed) return "plain";
+  return quantity.cost ? "cost" : "signed";
 }
 
 /** What stands under the two ends and the middle of the legend. */

@@ -16,13 +16,17 @@ function build(element, props, children) {
   for (const [name, value] of Object.entries(props ?? {})) {
     if (value === null || value === undefined || value === false) continue;
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (name === "dataset") Object.assign(element.dataset, value);
+    else if (name === "dataset") assign(element.dataset, value);
     else if (name === "style") for (const [key, text] of Object.entries(value)) element.style.setProperty(key, text);
     else if (name === "value" || name === "checked" || name === "disabled" || name === "hidden") element[name] = value;
     else element.setAttribute(name, value === true ? "" : value);
   }
   append(element, children);
   return element;
+}
+
+function assign(dataset, values) {
+  for (const [key, value] of Object.entries(values)) if (value !== null && value !== undefined) dataset[key] = value;
 }
 
 export function append(element, children) {

@@ -10,9 +10,18 @@ export function number(value, digits = 3) {
   let text;
   if (value === 0) text = "0";
   else if (size >= 1e6 || size < 1e-4) text = value.toExponential(digits - 1).replace("e+", "e");
-  else if (size >= 10 ** (digits - 1)) text = Math.round(value).toLocaleString("en");
+  else if (size >= 10 ** (digits - 1) || (size >= 10 && Number.isInteger(value))) text = Math.round(value).toLocaleString("en");
   else text = value.toFixed(Math.min(4, Math.max(0, digits - 1 - Math.floor(Math.log10(size)))));
   return text.replace(/^-(?=[0.]*$)/, "").replace("-", MINUS);
+}
+
+/** The numbers of an axis, all with the decimals that its step needs. */
+export function axisNumbers(values) {
+  const step = values.length > 1 ? Math.abs(values[1] - values[0]) : Math.abs(values[0] ?? 1);
+  const largest = Math.max(...values.map(Math.abs));
+  if (largest >= 1e6 || (largest && largest < 1e-4)) return values.map((value) => number(value, 2));
+  const decimals = Math.max(0, Math.min(6, Math.ceil(-Math.log10(step || 1) - 1e-9) + (/[1-9]5$/.test(String(Number(step.toPrecision(6)))) ? 1 : 0)));
+  return values.map((value) => (value === null ? "" : value.toLocaleString("en", { minimumFractionDigits: decimals, maximumFractionDigits: decimals }).replace("-", MINUS)));
 }
 
 /** With its sign, for what is good or bad by its sign. */

@@ -1,7 +1,7 @@
 // A chart as a file: PNG from its canvas, SVG drawn from its numbers. Both carry title and legend.
 
 import { s, download } from "./dom.js";
-import { number } from "./format.js";
+import { axisNumbers, number } from "./format.js";
 
 const value = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 const fileName = (chart, kind) => `${chart.spec.title.replace(/[^\p{L}\p{N}]+/gu, "-")}.${kind}`;
@@ -50,9 +50,11 @@ export function chartSvg(chart) {
     s("rect", { width: WIDTH, height: HEIGHT, fill: value("panel") }),
     text(16, 24, chart.spec.title, { fill: value("text"), "font-size": 15, "font-weight": 600 }),
     text((WIDTH + EDGE.left) / 2, HEIGHT - 4, chart.group.axis, { "text-anchor": "middle" }));
-  for (const y of ticks(scales.y.min, scales.y.max, 5)) {
+  const levels = ticks(scales.y.min, scales.y.max, 5);
+  const names = axisNumbers(levels);
+  for (const [i, y] of levels.entries()) {
     svg.append(s("path", { d: `M${EDGE.left} ${up(y).toFixed(1)}H${WIDTH - EDGE.right}`, stroke: value("line") }));
-    svg.append(text(EDGE.left - 8, up(y) + 4, number(y), { "text-anchor": "end" }));
+    svg.append(text(EDGE.left - 8, up(y) + 4, names[i], { "text-anchor": "end" }));
   }
   for (const at of ticks(scales.x.min, scales.x.max, 8)) svg.append(text(across(at), HEIGHT - EDGE.bottom + 16, number(at, 6), { "text-anchor": "middle" }));
   let left = 16;

@@ -51,7 +51,6 @@ export function runHeader(run, active) {
   const raised = raisedAlarms(run.alarms ?? []).length;
   const link = (tab) => (tab === "episodes" ? address("/episodes", { run: run.run }) : address("/run", { run: run.run, tab: tab === "charts" ? null : tab }));
   return h("header", { class: "run-header" },
-    h("p", { class: "crumbs" }, h("a", { href: "/" }, "Runs"), h("span", { "aria-hidden": "true" }, "/"), h("span", {}, run.run === "." ? run.name : run.run)),
     h("div", { class: "title" }, h("h1", {}, run.name), statePill(run.state), kindTag(run.kind), progress(run.iteration, run.iterations)),
     run.fault ? h("p", { class: "notice bad", role: "alert" }, run.fault) : null,
     h("nav", { class: "tabs", "aria-label": "This run" }, TABS.map(([name, label]) =>

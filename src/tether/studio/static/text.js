@@ -43,10 +43,14 @@ export function visibleString(text) {
   return text.replace(HIDDEN, (found) => mark(found).textContent);
 }
 
-/** One token: a space or line break that would not be seen is drawn. */
-export function tokenNodes(text) {
+/** One token: a space or line break that would not be seen is drawn; with `edges` the space it begins with, too. */
+export function tokenNodes(text, { edges = false } = {}) {
   if (text === "") return [h("span", { class: "ghost" }, "∅")];
   const nodes = visible(text).flatMap((node) => (typeof node === "string" ? breaks(node) : [node]));
+  if (edges && /^ +\S/.test(text)) {
+    const end = text.search(/\S/);
+    return [h("span", { class: "ghost" }, "␣".repeat(end)), ...tokenNodes(text.slice(end))];
+  }
   return /^[ \t]+$/.test(text) ? [h("span", { class: "ghost" }, text.replaceAll(" ", "␣").replaceAll("\t", "⇥"))] : nodes;
 }
 

@@ -43,7 +43,7 @@ export class TokenStrip {
   token(i) {
     const text = this.steps.action[i];
     const shown = text.length > LONGEST ? `${text.slice(0, LONGEST)}…` : text;
-    return h("span", { role: "option", id: `${this.prefix}-${i}`, class: "token", dataset: { step: i, clipped: this.steps.clipped?.[i] ? "" : undefined }, "aria-selected": "false" }, tokenNodes(shown));
+    return h("span", { role: "option", id: `${this.prefix}-${i}`, class: text.includes("\n") ? "token breaks" : "token", dataset: { step: i, clipped: this.steps.clipped?.[i] ? "" : undefined }, "aria-selected": "false" }, tokenNodes(shown));
   }
 
   colour(scale, column) {

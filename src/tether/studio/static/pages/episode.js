@@ -4,7 +4,7 @@
 import { h, fill, button, announce } from "../dom.js";
 import { get, address, exportAddress } from "../api.js";
 import { ChartGroup } from "../charts.js";
-import { QUANTITIES, makeScale, legendLabels } from "../colours.js";
+import { QUANTITIES, makeScale, legendLabels, rampKind } from "../colours.js";
 import { runHeader } from "../parts.js";
 import { number, signed, count, plural, setting, flatten } from "../format.js";
 import { longText } from "../text.js";
@@ -29,9 +29,9 @@ export async function show(page) {
   });
   strip.onSelect = (step) => rename({ step: step || null });
   const chart = group.add({
-    title: "Value and return", unit: "by step", height: 150,
+    title: "Value and return", unit: "", height: 150,
     series: [{ label: "value", colour: "c1" }, { label: "return", colour: "c2", dashed: true }, { label: "reward", colour: "c3" }],
-    onPoint: (step) => strip.look(step),
+    onPoint: (step) => strip.look(step ?? strip.selected),
   });
   const colouring = new Colouring(page, episode, strip);
   fill(page.main, runHeader(run, "episodes"), heading(page, run, episode),
@@ -109,8 +109,10 @@ class Colouring {
     this.strip.colour(scale, column(this.episode));
     for (const { episode, place } of this.others) fill(place, stillTokens(episode.steps, scale, column(episode)));
     const [left, middle, right] = legendLabels(scale);
-    fill(this.legend, h("span", { class: "ramp", dataset: { kind: this.quantity.signed ? "signed" : "plain" }, "aria-hidden": "true" }),
-      h("span", { class: "ends" }, h("span", {}, left), h("span", {}, middle), h("span", {}, right)), h("span", { class: "words" }, this.quantity.words));
+    fill(this.legend,
+      h("span", {}, h("span", { class: "ramp", dataset: { kind: rampKind(this.quantity) }, "aria-hidden": "true" }),
+        h("span", { class: "ends" }, h("span", {}, left), h("span", {}, middle), h("span", {}, right))),
+      h("span", { class: "words" }, this.quantity.words));
   }
 
   add(episode, place) {
@@ -137,7 +139,7 @@ function siblings(page, run, episode, colouring) {
   return h("section", { class: "group" }, h("h2", {}, `Its group: ${plural(all.length, "other response")} to the same prompt`),
     h("div", { class: "columns scroll", tabindex: "0", role: "region", "aria-label": "Other responses to the same prompt" }, cards.map(({ other, place }) => h("article", { class: "answer" },
       h("header", {}, h("h3", {}, h("a", { class: "open", href: address("/episode", { run: run.run, id: other.id }) }, `Episode ${count(other.id)}`)),
-        h("span", { class: "score-chip", dataset: { shade: other.score < 0 ? "down" : "up" }, style: { "--shade": "35%" } }, signed(other.score))),
+        h("span", { class: "score-chip", dataset: { shade: other.score < 0 ? "worse" : "better" }, style: { "--shade": "35%" } }, signed(other.score))),
       place, h("footer", {}, `KL ${number(other.kl)} · ${plural(other.length, "step")}${other.truncated ? " · cut off" : ""}`)))),
     all.length > TOGETHER ? h("p", { class: "hint" }, `${all.length - TOGETHER} more are in the list of episodes.`) : null);
 }

@@ -73,14 +73,14 @@ function filters(state, changed) {
     field(`${name}_to`, `${label} to`, { type: "number", step: "any", placeholder: "to" }));
   const ended = h("select", { "aria-label": "How it ended", name: "ended", onchange: (event) => changed({ query: { ...state.query, ended: event.target.value } }) },
     [["", "any end"], ["terminated", "ended by itself"], ["truncated", "cut off"]].map(([value, label]) => h("option", { value, selected: state.query.ended === value }, label)));
+  const clear = () => {
+    for (const input of form.querySelectorAll("input, select")) input.value = "";
+    changed({ query: Object.fromEntries(FILTERS.map((key) => [key, ""])) });
+  };
   const form = h("form", { class: "filters", role: "search", onsubmit: (event) => event.preventDefault() },
-    field("text", "Search in prompts and responses", { type: "search", placeholder: "Search in prompts and responses" }), RANGES.map(range),
-    h("fieldset", { class: "range" }, h("legend", {}, "Ended"), ended),
-    button("Clear", () => {
-      form.reset();
-      for (const input of form.querySelectorAll("input, select")) input.value = "";
-      changed({ query: Object.fromEntries(FILTERS.map((key) => [key, ""])) });
-    }, { class: "quiet" }));
+    field("text", "Search in prompts and responses", { type: "search", placeholder: "Search in prompts and responses" }),
+    h("details", { open: matchMedia("(min-width: 761px)").matches || FILTERS.some((key) => key !== "text" && state.query[key]) }, h("summary", {}, "Filters"),
+      h("div", {}, RANGES.map(range), h("fieldset", { class: "range" }, h("legend", {}, "Ended"), ended), button("Clear", clear, { class: "quiet" }))));
   return form;
 }
 
@@ -119,7 +119,7 @@ function episodesTable(episodes, run) {
 
 function row(episode, run, most) {
   const cell = (label, props, ...children) => h("td", { role: "cell", dataset: { label }, ...props }, children);
-  const sign = episode.score < 0 ? "down" : "up";
+  const sign = episode.score < 0 ? "worse" : "better";
   const bar = h("span", { class: "score-chip", dataset: { shade: Number.isFinite(episode.score) ? sign : "none" }, style: { "--shade": `${Math.round((Math.abs(episode.score ?? 0) / most) * 70)}%` } }, signed(episode.score));
   return h("tr", { role: "row", dataset: { id: episode.id } },
     cell("Score", { class: "number" }, bar), cell("KL", { class: "number" }, number(episode.kl)), cell("Length", { class: "number" }, count(episode.length)),

@@ -33,7 +33,7 @@ export class Inspector {
     fill(this.body,
       h("p", { class: "step-title" }, h("span", {}, `step ${step}`), h("span", { class: "faint" }, `of ${steps.action.length}`),
         steps.clipped?.[step] ? h("span", { class: "tag warn" }, "clipped") : null),
-      h("p", { class: "action" }, h("span", { class: "token big" }, tokenNodes(cut(steps.action[step]))), idOf(steps.action_id?.[step], steps.action[step])),
+      h("p", { class: "action" }, h("span", { class: "token big" }, tokenNodes(cut(steps.action[step]), { edges: true })), idOf(steps.action_id?.[step], steps.action[step])),
       this.alternatives(step),
       h("dl", { class: "numbers" }, ROWS.filter(([name]) => steps[name]).map(([name, label, words, show]) => h("div", { dataset: { number: name } },
         h("dt", {}, label, words ? h("small", {}, words) : null), h("dd", {}, show(steps[name][step]))))),
@@ -59,7 +59,7 @@ export class Inspector {
     const top = Math.max(...shown.map(([, probability]) => probability), 1e-9);
     return h("div", { class: "alternatives" }, h("h3", {}, "What it could have done"), h("ol", {}, shown.map(([text, probability]) =>
       h("li", { class: text === action ? "taken" : null, style: { "--p": `${((100 * probability) / top).toFixed(1)}%` } },
-        h("span", { class: "what" }, tokenNodes(cut(text, 60))), h("span", { class: "bar", "aria-hidden": "true" }), h("span", { class: "p" }, percent(probability)),
+        h("span", { class: "what" }, tokenNodes(cut(text, 60), { edges: true })), h("span", { class: "bar", "aria-hidden": "true" }), h("span", { class: "p" }, percent(probability)),
         text === action ? h("span", { class: "hidden" }, "taken") : null))));
   }
 }

@@ -9,12 +9,13 @@ import { csvButton } from "../csv.js";
 export async function show(page) {
   document.title = "Labels · Tether studio";
   const { sets } = await get("labels", {}, page.signal);
-  const found = await Promise.all(sets.map((set) => get("labels/agreement", { set: set.set }, page.signal)));
+  const found = await Promise.all(sets.map((set) => set.fault ? null : get("labels/agreement", { set: set.set }, page.signal)));
   fill(page.main, h("header", { class: "page-header" }, h("div", {}, h("h1", {}, "Labels"), h("p", { class: "lead" }, sets.length ? "Pairs of answers, and which of them people find better." : ""))),
     sets.length ? sets.map((set, i) => card(set, found[i])) : empty());
 }
 
 function card(set, agreement) {
+  if (set.fault) return h("article", { class: "panel label-set" }, h("h2", {}, set.name), h("p", { class: "notice bad" }, set.fault));
   return h("article", { class: "panel label-set" },
     h("header", { class: "section-head" }, h("div", {}, h("h2", {}, set.name), h("p", { class: "faint" }, `${set.set} · ${plural(set.pairs, "pair")} · ${ago(set.updated)}`)),
       h("div", { class: "actions" }, h("a", { class: "button primary", href: address("/label", { set: set.set }) }, "Label"),

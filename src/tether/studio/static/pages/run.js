@@ -20,7 +20,7 @@ export async function show(page) {
   let run = await get("run", { run: name }, page.signal);
   document.title = `${run.name} · Tether studio`;
   const header = h("div", {}, runHeader(run, tab));
-  const body = h("div", { class: `tab ${tab}` });
+  const body = h("div", { class: `tab-${tab}` });
   fill(page.main, header, body);
   const update = await TABS[tab](page, run, body);
   onChange(debounce(async (change) => {

@@ -29,7 +29,7 @@ function spread(list, wanted) {
 function card(episode, before, run, here) {
   return h("article", { class: here ? "answer here" : "answer" },
     h("header", {}, h("h3", {}, h("a", { class: "open", href: address("/episode", { run: run.run, id: episode.id }) }, `Iteration ${episode.iteration}`)),
-      h("span", { class: "score-chip", dataset: { shade: episode.score < 0 ? "down" : "up" }, style: { "--shade": "35%" } }, signed(episode.score))),
+      h("span", { class: "score-chip", dataset: { shade: episode.score < 0 ? "worse" : "better" }, style: { "--shade": "35%" } }, signed(episode.score))),
     before ? changedText(before.response, episode.response) : longText(episode.response),
     h("footer", {}, `KL ${number(episode.kl)} · ${plural(episode.length, "step")}${episode.truncated ? " · cut off" : ""}`));
 }
