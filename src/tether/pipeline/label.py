@@ -42,7 +42,7 @@ class LabelConfig:
     pairs: int = 100
     """Pairs in the set. Prompts are taken in a random order, all of them before one comes again."""
     output: str = ""
-    """File for the pairs and their labels, `NAME.labels.db`; with `export` the file for the preferences, `NAME.jsonl`."""
+    """File for the pairs and their labels, `NAME.labels.db`; with `export` that for the preferences, `NAME.jsonl`."""
     export: str | None = None
     """A set of pairs that were judged: write its preferences to `output`, and sample nothing."""
     judge: str | None = None
