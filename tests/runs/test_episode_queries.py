@@ -58,7 +58,7 @@ def passes(found: StoredEpisode, where: EpisodeFilter) -> bool:
     return where.prompt is None or where.prompt == found.prompt_hash
 
 
-FILTERS = (
+FILTERS: tuple[dict[str, Any], ...] = (
     {},
     {"iteration_from": 2, "iteration_to": 4},
     {"score_from": 0.0},
@@ -87,7 +87,7 @@ def test_filters_orders_and_pages_are_those_of_all_episodes_by_hand(folder: Path
                 return unknown, 0.0 if unknown else (-value if down else value)
 
             ids = [found.id for found in sorted(expected, key=key)]
-            pages = [find_episodes(folder, chosen, order, descending, 7, start) for start in range(0, 49, 7)]  # type: ignore[arg-type]
+            pages = [find_episodes(folder, chosen, order, descending, 7, start) for start in range(0, 49, 7)]
             assert [found.id for page, _ in pages for found in page] == ids
             assert {total for _, total in pages} == {len(ids)}
 

@@ -9,6 +9,7 @@ import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,14 +152,20 @@ def test_a_store_of_another_layout_is_refused_in_one_line(tmp_path: Path) -> Non
 def test_512_episodes_of_200_tokens_are_stored_fast(tmp_path: Path) -> None:
     source = random.Random(0)
     numbers = [source.gauss(0, 1) for _ in range(200)]
+    likeliest: list[list[Any]] = [[" token", 0.5], [" other", 0.25], [" third", 0.125], [" last", 0.0625], ["", 0.03]]
     made = replace(
         episode(),
         actions=[" token"] * 200,
         action_ids=list(range(30_000, 30_200)),
-        alternatives=[[[" token", 0.5], [" other", 0.25], [" third", 0.125], [" fourth", 0.0625], [" fifth", 0.03]]]
-        * 200,
-        **dict.fromkeys(("log_probs", "values", "rewards", "advantages", "returns", "reference_log_probs"), numbers),
-        **dict.fromkeys(("new_log_probs", "entropies"), numbers),
+        log_probs=numbers,
+        values=numbers,
+        rewards=numbers,
+        advantages=numbers,
+        returns=numbers,
+        reference_log_probs=numbers,
+        new_log_probs=numbers,
+        entropies=numbers,
+        alternatives=[likeliest] * 200,
     )
     store = EpisodeStore(tmp_path)
     seconds = []
