@@ -271,7 +271,7 @@ class Chart {
     if (!(event.key in steps) || !this.plot || event.altKey || event.ctrlKey || event.metaKey) return;
     const end = this.data.x.length - 1;
     const index = Math.min(end, Math.max(0, (this.plot.cursor.idx ?? end) + steps[event.key]));
-    this.plot.setCursor({ left: this.plot.valToPos(this.data.x[index], "x"), top: 10 });
+    this.plot.setCursor({ left: this.plot.valToPos(this.data.x[index], "x"), top: 10 }, true, true);
     event.preventDefault();
     event.stopPropagation();
   }

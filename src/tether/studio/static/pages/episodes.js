@@ -37,7 +37,9 @@ async function showList(page, run, body) {
   const link = h("a", { class: "button", download: "", "aria-label": "These episodes as CSV" }, "CSV");
   const load = async () => {
     const asked = { run: run.run, ...state.query, order: state.order, descending: state.descending };
+    const turn = (state.turn = (state.turn ?? 0) + 1);
     const found = await get("episodes", { ...asked, limit: LIMIT, offset: state.offset }, page.signal);
+    if (turn !== state.turn) return; // asked otherwise in the meantime
     state.total = found.total;
     link.href = exportAddress("episodes.csv", asked);
     status.textContent = found.total ? `${plural(found.total, "episode")}${found.total > LIMIT ? `, ${state.offset + 1}–${state.offset + found.episodes.length}` : ""}` : "";
@@ -66,8 +68,16 @@ async function showList(page, run, body) {
 const filtered = (state) => FILTERS.some((key) => state.query[key]);
 
 function filters(state, changed) {
-  const soon = debounce((key, value) => changed({ query: { ...state.query, [key]: value } }), 300);
-  const field = (key, label, props) => h("input", { value: state.query[key], "aria-label": label, name: key, oninput: (event) => event.target.validity.valid && soon(key, event.target.value.trim()), ...props });
+  const soon = debounce(() => changed({}), 300);
+  const set = (key, value) => {
+    state.query = { ...state.query, [key]: value };
+  };
+  const take = (key, { validity, value }) => {
+    if (!validity.valid) return;
+    set(key, value.trim());
+    soon();
+  };
+  const field = (key, label, props) => h("input", { value: state.query[key], "aria-label": label, name: key, oninput: (event) => take(key, event.target), ...props });
   const range = ([name, label]) => h("fieldset", { class: "range" }, h("legend", {}, label),
     field(`${name}_from`, `${label} from`, { type: "number", step: "any", placeholder: "from" }), h("span", { "aria-hidden": "true" }, "–"),
     field(`${name}_to`, `${label} to`, { type: "number", step: "any", placeholder: "to" }));

@@ -1,13 +1,15 @@
 // Judging pairs: two answers without names, one key each; every answer is on the disk before the next pair is shown.
 
 import { h, fill, button, announce } from "../dom.js";
-import { get, post } from "../api.js";
+import { address, get, post } from "../api.js";
 import { progress } from "../parts.js";
 import { longText } from "../text.js";
+import { go } from "../router.js";
 import { keys } from "../keys.js";
 import { agreementView } from "./labels.js";
 
 const KEPT = "tether-annotator";
+let known = null; // the name where storage is forbidden
 const CHOICES = [
   { answer: "left", label: "Left is better", keys: ["1", "ArrowLeft"] },
   { answer: "right", label: "Right is better", keys: ["2", "ArrowRight"] },
@@ -20,21 +22,21 @@ export async function show(page) {
   const set = page.query.get("set") ?? "";
   document.title = "Label · Tether studio";
   const annotator = kept();
-  if (annotator) await label(page, set, annotator);
-  else askName(page, set, "");
+  if (annotator && !page.query.has("rename")) await label(page, set, annotator);
+  else askName(page, set, annotator);
 }
 
 function kept() {
   try {
-    return sessionStorage.getItem(KEPT) ?? localStorage.getItem(KEPT) ?? "";
+    return known ?? localStorage.getItem(KEPT) ?? "";
   } catch {
-    return ""; // storage may be forbidden: the name is asked again
+    return "";
   }
 }
 
 function keep(name) {
+  known = name;
   try {
-    sessionStorage.setItem(KEPT, name);
     localStorage.setItem(KEPT, name);
   } catch (error) {
     console.info("the name is kept for this page alone:", error.message);
@@ -48,7 +50,7 @@ function askName(page, set, before) {
     const name = input.value.trim();
     if (!name) return;
     keep(name);
-    label(page, set, name).catch((error) => announce(error.message));
+    go(address("/label", { set }), { replace: true });
   };
   fill(page.main, h("form", { class: "panel ask", onsubmit: submit }, h("h1", {}, "Who is labelling?"),
     h("p", {}, "Answers are kept under a name, so that several people can judge the same pairs and their agreement can be told."),
@@ -105,7 +107,7 @@ async function label(page, set, annotator) {
   }
 
   fill(page.main, h("header", { class: "page-header label-header" }, h("div", {}, h("p", { class: "crumbs" }, h("a", { href: "/labels" }, "Labels"), h("span", { "aria-hidden": "true" }, "/"), set), h("h1", {}, "Which answer is better?")),
-    h("div", { class: "actions" }, parts.bar, button(`as ${annotator}`, () => askName(page, set, annotator), { class: "quiet", "aria-label": `You are ${annotator}: change the name` }))),
+    h("div", { class: "actions" }, parts.bar, button(`as ${annotator}`, () => go(address("/label", { set, rename: 1 }), { replace: true }), { class: "quiet", "aria-label": `You are ${annotator}: change the name` }))),
   parts.error, parts.place, controls);
   keys(page.signal, [
     ...CHOICES.map((choice) => [choice.keys, choice.label.toLowerCase(), () => answer(choice)]),

@@ -37,8 +37,8 @@ export function agreementView({ annotators, cohen, krippendorff }) {
       rows.map((row) => h("tr", { role: "row" }, row.map((value, i) => h("td", { role: "cell", class: i ? "number" : null }, i ? count(value) : value)))))),
     h("dl", { class: "coefficients" },
       h("div", { dataset: { coefficient: "krippendorff" } }, h("dt", {}, "Krippendorff’s α"), h("dd", {}, h("b", {}, number(krippendorff?.alpha)), h("small", {}, krippendorff?.n ? `over ${plural(krippendorff.n, "pair")} that several judged` : "needs a pair that two have judged"))),
-      cohen.map((pair) => h("div", { dataset: { coefficient: "cohen" } }, h("dt", {}, "Cohen’s κ"), h("dd", {}, h("b", {}, number(pair.kappa)), h("small", {}, `${pair.a} and ${pair.b}, ${plural(pair.n, "pair")}`)))),
-      csvButton("annotators.csv", () => [columns, ...rows])));
+      cohen.map((pair) => h("div", { dataset: { coefficient: "cohen" } }, h("dt", {}, "Cohen’s κ"), h("dd", {}, h("b", {}, number(pair.kappa)), h("small", {}, `${pair.a} and ${pair.b}, ${plural(pair.n, "pair")}`))))),
+    h("div", {}, csvButton("annotators.csv", () => [columns, ...rows])));
 }
 
 function empty() {

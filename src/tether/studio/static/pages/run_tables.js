@@ -43,8 +43,12 @@ export async function showDifference(page, run, body) {
   }
   const place = h("div", {});
   let fields = [];
+  let asked = null;
   const draw = async (name) => {
-    fields = (await get("difference", { run: run.run, with: name }, page.signal)).fields;
+    asked = name;
+    const found = (await get("difference", { run: run.run, with: name }, page.signal)).fields;
+    if (asked !== name) return; // another was chosen in the meantime
+    fields = found;
     rename({ with: name });
     fill(place, fields.length ? differenceTable(run.name, name, fields) : notice("Both have the same settings."));
   };

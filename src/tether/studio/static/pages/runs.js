@@ -94,12 +94,13 @@ function runsTable(state, draw) {
 function row(run, state, draw) {
   const choose = (event) => {
     state.chosen[event.target.checked ? "add" : "delete"](run.run);
+    const kind = document.activeElement.matches("a.open") ? "a.open" : "input";
     draw();
-    document.querySelector(`input[data-run="${CSS.escape(run.run)}"]`)?.focus();
+    document.querySelector(`tr[data-run="${CSS.escape(run.run)}"] ${kind}`)?.focus();
   };
   const cell = (label, props, ...children) => h("td", { role: "cell", dataset: { label }, ...props }, children);
   return h("tr", { role: "row", class: state.chosen.has(run.run) ? "chosen" : null, dataset: { run: run.run } },
-    cell("", { class: "choose" }, h("input", { type: "checkbox", "aria-label": `Choose ${run.run}`, checked: state.chosen.has(run.run), onchange: choose, dataset: { run: run.run } })),
+    cell("", { class: "choose" }, h("input", { type: "checkbox", "aria-label": `Choose ${run.run}`, checked: state.chosen.has(run.run), onchange: choose })),
     cell("", { class: "name" },
       h("div", {}, h("a", { href: address("/run", { run: run.run }), class: "open" }, run.name), kindTag(run.kind)),
       run.fault ? h("small", { class: "fault" }, run.fault) : run.run !== run.name && run.run !== "." ? h("small", {}, run.run) : null),
