@@ -15,7 +15,7 @@ from tether.runs.episode_queries import EpisodeFilter
 from tether.runs.episodes import EPISODES_FILE
 
 from .places import run_folder
-from .replies import NotFoundError
+from .replies import NotFoundError, UnfitError
 from .runs import Catalogue
 
 MOST = 2**63 - 1  # SQLite's largest integer
@@ -69,6 +69,8 @@ def wanted(
     descending: bool = False,
 ) -> Wanted:
     """The filters of the list of episodes."""
+    if "\x00" in (text or ""):
+        raise UnfitError("text: found U+0000, where SQLite would stop to read, expected text without it")
     chosen = EpisodeFilter(
         iteration_from=iteration_from,
         iteration_to=iteration_to,

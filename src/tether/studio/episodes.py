@@ -19,6 +19,10 @@ from .places import inside
 from .replies import NotFoundError, reading
 
 FILMS = {".gif": "image/gif", ".png": "image/png", ".webp": "image/webp", ".mp4": "video/mp4", ".webm": "video/webm"}
+COLUMNS = (
+    *("actions", "action_ids", "states", "log_probs", "new_log_probs", "reference_log_probs", "values", "rewards"),
+    *("advantages", "returns", "entropies", "alternatives"),
+)
 CLIP = 0.2  # the learner's default, for runs whose configuration does not say
 
 
@@ -40,7 +44,7 @@ def load_episode(folder: Path, id: int) -> StoredEpisode:
     with reading(file):
         if not 1 <= id <= count_episodes(folder):
             raise NotFoundError(f"{EPISODES_FILE}: no episode {id}, expected 1 to {count_episodes(folder)}")
-        return read_episode(folder, id)
+        return _checked(read_episode(folder, id))
 
 
 def episode_details(folder: Path, id: int, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,6 +132,18 @@ def film_of(root: Path, folder: Path, id: int) -> tuple[Path, str]:
     if kind is None or not file.is_file():
         raise NotFoundError(f"episode {id}: its film is no {', '.join(FILMS)} file")
     return file, kind
+
+
+def _checked(episode: StoredEpisode) -> StoredEpisode:
+    """The episode, of which texts are text and all columns have one entry per step."""
+    steps = len(episode.log_probs)
+    for name in COLUMNS:
+        column = getattr(episode, name)
+        if column is not None and (not isinstance(column, list) or len(column) != steps):
+            raise ValueError(f"{name} of episode {episode.id} are not the {steps} of its steps")
+    if not all(isinstance(text, str) for text in (episode.prompt, episode.response, *episode.actions)):
+        raise ValueError(f"prompt, response or an action of episode {episode.id} is no text")
+    return episode
 
 
 def _difference(left: Sequence[float], right: Sequence[float] | None) -> list[float] | None:

@@ -35,10 +35,11 @@ class MetricsLog:
         """All whole lines, in their order. A torn last one waits for its end."""
         with self._lock:
             try:
-                with self.file.open("rb") as stream:
-                    self._read(stream)
-            except FileNotFoundError:
-                self._begin(None)
+                if self.file.is_file():  # a pipe would wait for its writer
+                    with self.file.open("rb") as stream:
+                        self._read(stream)
+                else:
+                    self._begin(None)
             except OSError as error:
                 self._begin(None)
                 self.fault = f"{self.file.name}: cannot be read: {error.strerror}"

@@ -33,6 +33,9 @@ class UnfitError(UserError):
     """A value that can be read and not be used."""
 
 
+DAMAGED = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, StopIteration)
+"""What reading data of the wrong form raises."""
+
 STATUS: dict[type[UserError], int] = {NotFoundError: 404, ForbiddenError: 403, UnfitError: 422}
 
 
@@ -50,7 +53,8 @@ class Json(Response):
 
 
 def _dumps(content: Any) -> bytes:
-    return json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
+    # a damaged store may hold bytes where text belongs: `default`
+    return json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"), default=str).encode("ascii")
 
 
 def finite(value: Any) -> Any:
@@ -71,7 +75,7 @@ def reading(file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{file.name}: cannot be read: {error.strerror or error}") from error
-    except (sqlite3.Error, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
+    except (sqlite3.Error, *DAMAGED) as error:
         raise UserError(f"{file.name}: damaged: {reason(error)}") from error
 
 

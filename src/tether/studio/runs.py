@@ -220,6 +220,8 @@ def iterations_of(config: Mapping[str, Any]) -> int | None:
 def alarms_of(folder: Path) -> list[dict[str, Any]]:
     """The lines of alarms.jsonl that are whole."""
     file = folder / ALARMS_FILE
+    if not file.is_file():
+        return []
     try:
         with file.open("rb") as stream:
             lines = stream.read(LONGEST_FILE).split(b"\n")[:-1]
