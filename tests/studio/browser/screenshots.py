@@ -11,6 +11,7 @@ import copy
 import random
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from tether.runs.labels import LabelSet, NewPair, create_labels
 OUTPUT = Path(__file__).resolve().parents[3] / "docs" / "studio"
 EOS = "</s>"
 LARGEST = 49
-SLOPPY = 0.22  # share of the partial sums that are wrong in the text for fine-tuning
+SLOPPY = 0.35  # share of the partial sums that are wrong in the text for fine-tuning
 SFT_STEPS, ITERATIONS = 1200, 60
 
 
@@ -97,8 +98,8 @@ def train(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFa
         sampling=SamplingConfig(max_new_tokens=40, batch_size=512),
         collect=CollectConfig(prompts=48, samples_per_prompt=4),
         kl=KLConfig(beta=0.03),
-        advantage=AdvantageConfig(lam=0.98),
-        learner=LearnerConfig(epochs=2, microbatch_size=16384, **learner),
+        advantage=AdvantageConfig(lam=0.95),
+        learner=LearnerConfig(epochs=4, value_coefficient=0.5, microbatch_size=16384, **learner),
     )
     train_ppo(config, Parts(copy.deepcopy(model), tokenizer, prompts, right_sum))
 
@@ -110,9 +111,9 @@ def make_runs(root: Path) -> None:
     if any(not (root / name / "config.yaml").exists() for name in rates):
         model, tokenizer = make_model()
         for name, rate in rates.items():
-            train(root / name, model, tokenizer, learning_rate=rate, value_learning_rate=10 * rate)
+            train(root / name, model, tokenizer, learning_rate=rate, value_learning_rate=1e-2)
     if not (root / "cartpole" / "config.yaml").exists():
-        make_control_run(root / "cartpole", "--total-steps", "40000")
+        make_control_run(root / "cartpole", "--total-steps", "40000", "--collect.film-every", "2000")
     if not (root / "sums.labels.db").exists():
         make_label_set(root)
 
@@ -135,10 +136,11 @@ def make_label_set(root: Path) -> None:
 
 
 def interesting(root: Path) -> int:
-    """A wrong answer among right ones, midway, long enough to see credit fall on a token."""
-    episodes = read_episodes(root / "sums", ITERATIONS // 3, limit=200)
-    wrong = [e for e in episodes if e.score < 0 and e.terminated]
-    return max(wrong or episodes, key=lambda e: max(e.advantages) - min(e.advantages)).id
+    """A wrong answer among right ones, in which the critic sees where it went wrong."""
+    episodes = [e for n in range(15, ITERATIONS, 5) for e in read_episodes(root / "sums", n, limit=200)]
+    groups = Counter((e.iteration, e.prompt) for e in episodes if e.score > 0)
+    wrong = [e for e in episodes if e.score < 0 and e.terminated and groups[e.iteration, e.prompt]]
+    return min(wrong or episodes, key=lambda e: min(e.advantages) - max(e.advantages)).id
 
 
 def shoot(browser: Browser, url: str, root: Path) -> None:
@@ -179,7 +181,7 @@ def picture(browser: Browser, url: str, file: Path, theme: Any, size: Any) -> No
     settle(page)
     file.parent.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=file)
-    Image.open(file).convert("P", palette=Image.Palette.ADAPTIVE, colors=128).save(file, optimize=True)
+    Image.open(file).convert("RGB").save(file, optimize=True)
     context.close()
 
 

@@ -125,7 +125,10 @@ def test_the_alternatives_are_bars_with_the_taken_one_marked(studio: Studio, lon
     kept = longest.alternatives[1]
     bars = page.locator(".alternatives li")
     assert bars.count() in (len(kept), len(kept) + 1)  # the action that was taken is always shown
-    shown = [float(text.removesuffix(" %")) / 100 for text in page.locator(".alternatives .p").all_inner_texts()]
+    shown = [
+        float(text.removesuffix(" %").removeprefix("< ")) / 100
+        for text in page.locator(".alternatives .p").all_inner_texts()
+    ]
     assert shown[: len(kept)] == pytest.approx([probability for _, probability in kept], abs=6e-3)
     taken = page.locator(".alternatives .taken .p").inner_text()
     assert float(taken.removesuffix(" %")) / 100 == pytest.approx(math.exp(longest.log_probs[1]), abs=6e-3)

@@ -6,6 +6,7 @@ const MINUS = "−";
 export function number(value, digits = 3) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   if (!Number.isFinite(value)) return value > 0 ? "∞" : `${MINUS}∞`;
+  value = Math.abs(value) >= 10 ** digits ? value : Number(value.toPrecision(digits));
   const size = Math.abs(value);
   let text;
   if (value === 0) text = "0";
@@ -46,7 +47,8 @@ export function plural(n, one, many = `${one}s`) {
 export function percent(value) {
   if (value === null || value === undefined) return "–";
   const share = value * 100;
-  return `${share >= 99.95 || share < 0.05 ? Math.round(share) : share.toFixed(1)} %`;
+  if (share > 0 && share < 0.05) return "< 0.1 %";
+  return `${share >= 99.95 || share === 0 ? Math.round(share) : share.toFixed(1)} %`;
 }
 
 export function bytes(value) {

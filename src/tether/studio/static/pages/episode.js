@@ -18,7 +18,7 @@ export async function show(page) {
   const [run, episode] = await Promise.all([get("run", { run: name }, page.signal), get("episode", { run: name, id }, page.signal)]);
   document.title = `Episode ${episode.id} of ${run.name} · Tether studio`;
   const control = run.kind === "control";
-  const inspector = new Inspector(episode);
+  const inspector = new Inspector(episode, (step) => strip.select(step));
   const group = new ChartGroup(page.signal, { axis: "step" });
   const strip = new TokenStrip(episode.steps, {
     label: control ? "Actions" : "Response, token by token", chips: control, step: Number(page.query.get("step") ?? 0),
@@ -37,7 +37,7 @@ export async function show(page) {
   fill(page.main, runHeader(run, "episodes"), heading(page, run, episode),
     h("div", { class: "trajectory" },
       h("div", { class: "left" },
-        h("section", { class: "panel" }, h("h2", { class: "small" }, control ? "From" : "Prompt"), longText(episode.prompt, { class: "prompt-block" })),
+        h("section", { class: "panel" }, h("h2", { class: "small" }, control ? "First observation" : "Prompt"), longText(episode.prompt, { class: "prompt-block" })),
         h("section", { class: "panel" }, h("div", { class: "section-head" }, h("h2", { class: "small" }, control ? "Actions" : "Response"), colouring.picker), colouring.legend, strip.element,
           control ? h("p", { class: "hint" }, episode.response) : null),
         h("section", { class: "panel" }, chart.element)),
@@ -75,7 +75,7 @@ function heading(page, run, episode) {
     h("dl", { class: "facts" }, fact("score", signed(episode.score)), fact("reward", signed(episode.reward)), episode.kl === null ? null : fact("KL", number(episode.kl)),
       fact("steps", count(episode.length)), fact("iteration", count(episode.iteration)), fact("ended", ended)),
     h("div", { class: "actions" },
-      h("a", { class: "button", href: address("/episodes", { run: run.run, same: episode.id }) }, "Same prompt"),
+      run.kind === "control" ? null : h("a", { class: "button", href: address("/episodes", { run: run.run, same: episode.id }) }, "Same prompt"),
       navigator.clipboard ? button("Copy link", copy) : null,
       h("a", { class: "button", href: exportAddress("episode.html", { run: run.run, id: episode.id }), download: "", "aria-label": "This episode as one HTML file" }, "HTML"),
       h("a", { class: "button", href: exportAddress("steps.csv", { run: run.run, id: episode.id }), download: "", "aria-label": "Its steps as CSV" }, "CSV")));

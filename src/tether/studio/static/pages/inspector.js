@@ -19,10 +19,12 @@ const ROWS = [
 ];
 
 export class Inspector {
-  constructor(episode) {
+  /** `walk(step)` chooses a step for the whole page. */
+  constructor(episode, walk) {
     this.episode = episode;
     this.steps = episode.steps;
-    this.film = episode.film ? new Film(episode.film, this.steps.action.length) : null;
+    const cut = episode.details?.film;
+    this.film = episode.film && cut ? new Film(episode.film, cut, this.steps.action.length, walk) : null;
     this.body = h("div", { class: "facts-of-step" });
     this.element = h("div", {}, this.film?.element ?? null, this.body);
   }

@@ -65,7 +65,7 @@ async function label(page, set, annotator) {
     note: h("textarea", { rows: "1", id: "note", placeholder: "A note, if there is something to say", maxlength: "2000" }),
     undo: button(["Undo ", h("kbd", {}, "u")], () => undo(), { class: "quiet" }),
   };
-  const choose = CHOICES.map((choice) => button([choice.label, " ", h("kbd", {}, choice.keys[0])], () => answer(choice), { class: `choice ${choice.answer}`, dataset: { answer: choice.answer } }));
+  const choose = CHOICES.map((choice) => button([choice.label, " ", h("kbd", {}, choice.keys[0])], () => answer(choice), { class: "choice", dataset: { answer: choice.answer } }));
   const controls = h("div", { class: "controls" }, h("div", { class: "choices" }, choose), h("div", { class: "below" }, h("label", { class: "hidden", for: "note" }, "Note"), parts.note, parts.undo));
 
   async function show(next) {

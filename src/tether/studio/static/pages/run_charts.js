@@ -113,7 +113,7 @@ function drawTiles(state, tiles) {
 
 function alarmBanner(run) {
   const raised = raisedAlarms(run.alarms ?? []);
-  return raised.map((alarm) => h("p", { class: "notice bad" }, h("b", {}, `Since iteration ${alarm.since}: `), `${alarm.seen}. `, h("span", { class: "faint" }, alarm.remedy)));
+  return raised.map((alarm) => h("p", { class: "notice bad" }, h("b", {}, `Since iteration ${alarm.since}: `), `${alarm.seen}: ${alarm.remedy}`));
 }
 
 function toolbar(run, state) {
