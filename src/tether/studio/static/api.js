@@ -47,17 +47,26 @@ const listeners = new Set();
 /** Listen to the server from now on. */
 export function connect() {
   const source = new EventSource("/api/events");
-  const tell = (state) => document.documentElement.setAttribute("data-connection", state);
-  source.addEventListener("open", () => tell("live"));
-  source.addEventListener("error", () => tell("lost"));
+  const state = document.documentElement.dataset;
+  source.addEventListener("open", () => {
+    const missed = state.connection === "lost";
+    state.connection = "live";
+    if (missed) for (const listener of listeners) listener({ run: null });
+  });
+  source.addEventListener("error", () => {
+    state.connection = "lost";
+  });
   source.addEventListener("runs", (event) => {
     const change = JSON.parse(event.data);
     for (const listener of listeners) listener(change);
   });
 }
 
-/** Call `listener({run, iteration, state})` whenever a run has changed, until `signal` aborts. */
-export function onChange(listener, signal) {
+/** Call `listener` whenever one of these runs has changed (any where null), until `signal` aborts. */
+export function onChange(runs, call, signal) {
+  const listener = ({ run }) => {
+    if (run === null || runs === null || runs.includes(run)) call();
+  };
   listeners.add(listener);
   signal.addEventListener("abort", () => listeners.delete(listener));
 }

@@ -54,12 +54,19 @@ export function button(label, onclick, props = {}) {
   return h("button", { type: "button", onclick, ...props }, label);
 }
 
+/** What fails in the background is told, unless it failed because the page was left. */
+export function told(promise) {
+  return Promise.resolve(promise).catch((error) => {
+    if (error.name !== "AbortError") announce(error.message);
+  });
+}
+
 /** Call `run` once things have been quiet for `wait` milliseconds. */
 export function debounce(run, wait) {
   let timer = 0;
   return (...args) => {
     clearTimeout(timer);
-    timer = setTimeout(() => run(...args), wait);
+    timer = setTimeout(() => told(run(...args)), wait);
   };
 }
 

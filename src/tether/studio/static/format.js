@@ -25,6 +25,11 @@ export function axisNumbers(values) {
   return values.map((value) => (value === null ? "" : value.toLocaleString("en", { minimumFractionDigits: decimals, maximumFractionDigits: decimals }).replace("-", MINUS)));
 }
 
+/** A KL: below a thousandth it is rounding, not distance. */
+export function nats(value) {
+  return typeof value === "number" && Math.abs(value) < 5e-4 ? "0.00" : number(value);
+}
+
 /** With its sign, for what is good or bad by its sign. */
 export function signed(value, digits = 3) {
   return typeof value === "number" && value > 0 ? `+${number(value, digits)}` : number(value, digits);
@@ -79,7 +84,8 @@ export function moment(seconds) {
 /** A setting's value as it would stand in YAML. */
 export function setting(value) {
   if (value === null || value === undefined) return "null";
-  return typeof value === "string" ? value : JSON.stringify(value);
+  if (typeof value === "number") return String(Number(value.toPrecision(12)));
+  return typeof value === "string" && value ? value : JSON.stringify(value);
 }
 
 /** {a: {b: 1}} → [["a.b", 1]], in the order of the fields. */

@@ -30,10 +30,8 @@ export async function show(page) {
     fill(lower, lastValues(runs), differences(runs));
   };
   draw();
-  onChange(debounce(async (change) => {
-    const run = runs.find((one) => one.run === change.run);
-    if (!run) return;
-    Object.assign(run, await load(run.run, run.colour, page.signal));
+  onChange(runs.map((run) => run.run), debounce(async () => {
+    for (const run of runs) Object.assign(run, await load(run.run, run.colour, page.signal));
     draw();
   }, 250), page.signal);
 }

@@ -1,12 +1,12 @@
 // An episode as a trajectory: its actions coloured by a quantity, value and return under them, everything about the
 // step that is pointed at, and the other responses to the same prompt beside it.
 
-import { h, fill, button, announce } from "../dom.js";
+import { h, fill, button, announce, told } from "../dom.js";
 import { get, address, exportAddress } from "../api.js";
 import { ChartGroup } from "../charts.js";
 import { QUANTITIES, makeScale, legendLabels, rampKind } from "../colours.js";
 import { runHeader } from "../parts.js";
-import { number, signed, count, plural, setting, flatten } from "../format.js";
+import { nats, signed, count, plural, setting, flatten } from "../format.js";
 import { longText } from "../text.js";
 import { TokenStrip, stillTokens } from "../tokens.js";
 import { Inspector } from "./inspector.js";
@@ -72,11 +72,11 @@ function heading(page, run, episode) {
   };
   return h("div", { class: "episode-head" },
     h("div", { class: "turn" }, link(episode.previous, "←", "Episode before (p)"), h("h2", {}, `Episode ${count(episode.id)}`), link(episode.next, "→", "Next episode (n)")),
-    h("dl", { class: "facts" }, fact("score", signed(episode.score)), fact("reward", signed(episode.reward)), episode.kl === null ? null : fact("KL", number(episode.kl)),
+    h("dl", { class: "facts" }, fact("score", signed(episode.score)), fact("reward", signed(episode.reward)), episode.kl === null ? null : fact("KL", nats(episode.kl)),
       fact("steps", count(episode.length)), fact("iteration", count(episode.iteration)), fact("ended", ended)),
     h("div", { class: "actions" },
       run.kind === "control" ? null : h("a", { class: "button", href: address("/episodes", { run: run.run, same: episode.id }) }, "Same prompt"),
-      navigator.clipboard ? button("Copy link", copy) : null,
+      navigator.clipboard ? button("Copy link", () => told(copy())) : null,
       h("a", { class: "button", href: exportAddress("episode.html", { run: run.run, id: episode.id }), download: "", "aria-label": "This episode as one HTML file" }, "HTML"),
       h("a", { class: "button", href: exportAddress("steps.csv", { run: run.run, id: episode.id }), download: "", "aria-label": "Its steps as CSV" }, "CSV")));
 }
@@ -133,14 +133,15 @@ function siblings(page, run, episode, colouring) {
     const load = async () => colouring.add(await get("episode", { run: run.run, id: other.id }, page.signal), place);
     return { other, place, load };
   });
-  (async () => {
-    for (const { load } of cards) if (!page.left) await load();
-  })().catch((error) => error.name === "AbortError" || announce(error.message));
+  const loadAll = async () => {
+    for (const { load } of cards) await load();
+  };
+  told(loadAll());
   return h("section", { class: "group" }, h("h2", {}, `Its group: ${plural(all.length, "other response")} to the same prompt`),
     h("div", { class: "columns scroll", tabindex: "0", role: "region", "aria-label": "Other responses to the same prompt" }, cards.map(({ other, place }) => h("article", { class: "answer" },
       h("header", {}, h("h3", {}, h("a", { class: "open", href: address("/episode", { run: run.run, id: other.id }) }, `Episode ${count(other.id)}`)),
         h("span", { class: "score-chip", dataset: { shade: other.score < 0 ? "worse" : "better" }, style: { "--shade": "35%" } }, signed(other.score))),
-      place, h("footer", {}, `KL ${number(other.kl)} · ${plural(other.length, "step")}${other.truncated ? " · cut off" : ""}`)))),
+      place, h("footer", {}, `KL ${nats(other.kl)} · ${plural(other.length, "step")}${other.truncated ? " · cut off" : ""}`)))),
     all.length > TOGETHER ? h("p", { class: "hint" }, `${all.length - TOGETHER} more are in the list of episodes.`) : null);
 }
 

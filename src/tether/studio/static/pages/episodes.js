@@ -1,9 +1,9 @@
 // The episodes of a run: filtered, sorted, searched; and one prompt across the iterations, side by side.
 
-import { h, fill, table, button, debounce } from "../dom.js";
+import { h, fill, table, button, debounce, told } from "../dom.js";
 import { get, address, exportAddress, onChange } from "../api.js";
 import { runHeader } from "../parts.js";
-import { number, signed, count, plural } from "../format.js";
+import { nats, signed, count, plural } from "../format.js";
 import { snippet } from "../text.js";
 import { rename } from "../router.js";
 import { keys } from "../keys.js";
@@ -11,7 +11,7 @@ import { step } from "./runs.js";
 import { showSamePrompt } from "./same_prompt.js";
 
 const LIMIT = 50;
-const RANGES = [["iteration", "Iteration"], ["score", "Score"], ["kl", "KL"], ["length", "Length"]];
+const RANGES = [["iteration", "Iteration", 1], ["score", "Score", "any"], ["kl", "KL", "any"], ["length", "Length", 1]];
 const FILTERS = [...RANGES.flatMap(([name]) => [`${name}_from`, `${name}_to`]), "ended", "text", "prompt"];
 const ORDERS = [["id", "Order of collection"], ["score", "Score"], ["reward", "Reward"], ["kl", "KL"], ["length", "Length"], ["iteration", "Iteration"]];
 
@@ -45,16 +45,16 @@ async function showList(page, run, body) {
     status.textContent = found.total ? `${plural(found.total, "episode")}${found.total > LIMIT ? `, ${state.offset + 1}–${state.offset + found.episodes.length}` : ""}` : "";
     fill(results, found.episodes.length ? [episodesTable(found.episodes, run), pager(state, changed)] : h("p", { class: "nothing" }, filtered(state) ? "No episode fits these filters." : "No episode was stored yet."));
   };
-  const changed = async (change) => {
+  const changed = (change) => {
     Object.assign(state, { offset: 0 }, change);
     rename({ ...state.query, order: state.order === "id" ? null : state.order, descending: state.descending === "1" ? null : state.descending, offset: state.offset || null });
-    await load();
+    return told(load());
   };
   const form = filters(state, changed);
   fill(body, form, h("div", { class: "toolbar" }, status, h("span", { class: "spacer" }), sorting(state, changed), link), results);
   await load();
-  onChange(debounce(async (change) => {
-    if (change.run === run.run && !state.offset && !results.contains(document.activeElement)) await load();
+  onChange([run.run], debounce(async () => {
+    if (!state.offset && !results.contains(document.activeElement)) await load();
   }, 500), page.signal);
   keys(page.signal, [
     ["j", "next episode", () => step(results, 1)],
@@ -78,9 +78,9 @@ function filters(state, changed) {
     soon();
   };
   const field = (key, label, props) => h("input", { value: state.query[key], "aria-label": label, name: key, oninput: (event) => take(key, event.target), ...props });
-  const range = ([name, label]) => h("fieldset", { class: "range" }, h("legend", {}, label),
-    field(`${name}_from`, `${label} from`, { type: "number", step: "any", placeholder: "from" }), h("span", { "aria-hidden": "true" }, "–"),
-    field(`${name}_to`, `${label} to`, { type: "number", step: "any", placeholder: "to" }));
+  const range = ([name, label, step]) => h("fieldset", { class: "range" }, h("legend", {}, label),
+    field(`${name}_from`, `${label} from`, { type: "number", step, placeholder: "from" }), h("span", { "aria-hidden": "true" }, "–"),
+    field(`${name}_to`, `${label} to`, { type: "number", step, placeholder: "to" }));
   const ended = h("select", { "aria-label": "How it ended", name: "ended", onchange: (event) => changed({ query: { ...state.query, ended: event.target.value } }) },
     [["", "any end"], ["terminated", "ended by itself"], ["truncated", "cut off"]].map(([value, label]) => h("option", { value, selected: state.query.ended === value }, label)));
   const clear = () => {
@@ -132,7 +132,7 @@ function row(episode, run, most) {
   const sign = episode.score < 0 ? "worse" : "better";
   const bar = h("span", { class: "score-chip", dataset: { shade: Number.isFinite(episode.score) ? sign : "none" }, style: { "--shade": `${Math.round((Math.abs(episode.score ?? 0) / most) * 70)}%` } }, signed(episode.score));
   return h("tr", { role: "row", dataset: { id: episode.id } },
-    cell("Score", { class: "number" }, bar), cell("KL", { class: "number" }, number(episode.kl)), cell("Length", { class: "number" }, count(episode.length)),
+    cell("Score", { class: "number" }, bar), cell("KL", { class: "number" }, nats(episode.kl)), cell("Length", { class: "number" }, count(episode.length)),
     cell("Iteration", { class: "number" }, count(episode.iteration)),
     cell("", { class: "texts" }, h("div", { class: "prompt line" }, snippet(episode.prompt)),
       h("a", { class: "open line", href: address("/episode", { run: run.run, id: episode.id }) }, h("bdi", {}, snippet(episode.response, 220)))),

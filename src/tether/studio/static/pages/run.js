@@ -23,8 +23,7 @@ export async function show(page) {
   const body = h("div", { class: `tab-${tab}` });
   fill(page.main, header, body);
   const update = await TABS[tab](page, run, body);
-  onChange(debounce(async (change) => {
-    if (change.run !== name) return;
+  onChange([run.run], debounce(async () => {
     run = await get("run", { run: name }, page.signal);
     if (!header.contains(document.activeElement)) fill(header, runHeader(run, tab));
     await update?.(run);

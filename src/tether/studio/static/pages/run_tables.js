@@ -1,6 +1,6 @@
 // The tabs of a run that are tables: settings, difference to another run, alarms, checkpoints.
 
-import { h, fill, table } from "../dom.js";
+import { h, fill, table, told } from "../dom.js";
 import { get } from "../api.js";
 import { flatten, setting, number, bytes, moment } from "../format.js";
 import { csvButton } from "../csv.js";
@@ -55,7 +55,7 @@ export async function showDifference(page, run, body) {
   const wanted = page.query.get("with");
   const chosen = others.some((other) => other.run === wanted) ? wanted : others[0].run;
   fill(body, h("div", { class: "toolbar" },
-    h("label", {}, "Compared with ", h("select", { onchange: (event) => draw(event.target.value) }, others.map((other) => h("option", { value: other.run, selected: other.run === chosen }, other.run)))),
+    h("label", {}, "Compared with ", h("select", { onchange: (event) => told(draw(event.target.value)) }, others.map((other) => h("option", { value: other.run, selected: other.run === chosen }, other.run)))),
     h("span", { class: "spacer" }), csvButton("difference.csv", () => [["field", "left", "right"], ...fields.map((f) => [f.name, f.left, f.right])])), place);
   await draw(chosen);
 }
@@ -74,7 +74,7 @@ export function showAlarms(page, run, body) {
       h("div", { class: "toolbar" }, h("span", { class: "spacer" }), csvButton("alarms.csv", () => [["iteration", "kind", "state", "since", "value", "threshold", "seen", "remedy"], ...alarms.map((a) => [a.iteration, a.kind, a.state, a.since, a.value, a.threshold, a.seen, a.remedy])])),
       h("ol", { class: "alarms" }, list.map((alarm) => h("li", { dataset: { state: alarm.state } },
         h("p", { class: "what" }, h("b", {}, alarm.kind), h("span", { class: "tag" }, alarm.state), h("span", { class: "faint" }, alarm.state === "raised" ? `iteration ${alarm.iteration}` : `iteration ${alarm.iteration}, raised in ${alarm.since}`)),
-        h("p", {}, `${alarm.seen}.`), alarm.remedy ? h("p", { class: "faint" }, `${alarm.remedy}.`) : null,
+        h("p", { class: "sentence" }, `${alarm.seen}.`), alarm.remedy ? h("p", { class: "sentence faint" }, `${alarm.remedy}.`) : null,
         h("p", { class: "faint" }, `${number(alarm.value)} against a threshold of ${number(alarm.threshold)}`)))));
   };
   draw(run);

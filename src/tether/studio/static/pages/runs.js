@@ -49,7 +49,7 @@ export async function show(page) {
       h("div", { class: "actions" }, search, compare, h("a", { class: "button", href: exportAddress("runs.csv"), download: "runs.csv", "aria-label": "All runs as CSV" }, "CSV"))),
     body);
   draw();
-  onChange(debounce(async () => {
+  onChange(null, debounce(async () => {
     state.runs = (await get("runs", {}, page.signal)).runs;
     draw();
   }, 250), page.signal);

@@ -2,7 +2,7 @@
 
 import { h, fill } from "../dom.js";
 import { get, address } from "../api.js";
-import { number, signed, plural } from "../format.js";
+import { nats, signed, plural } from "../format.js";
 import { longText, visible } from "../text.js";
 
 const SHOWN = 60;
@@ -31,7 +31,7 @@ function card(episode, before, run, here) {
     h("header", {}, h("h3", {}, h("a", { class: "open", href: address("/episode", { run: run.run, id: episode.id }) }, `Iteration ${episode.iteration}`)),
       h("span", { class: "score-chip", dataset: { shade: episode.score < 0 ? "worse" : "better" }, style: { "--shade": "35%" } }, signed(episode.score))),
     before ? changedText(before.response, episode.response) : longText(episode.response),
-    h("footer", {}, `KL ${number(episode.kl)} · ${plural(episode.length, "step")}${episode.truncated ? " · cut off" : ""}`));
+    h("footer", {}, `KL ${nats(episode.kl)} · ${plural(episode.length, "step")}${episode.truncated ? " · cut off" : ""}`));
 }
 
 /** The response with the words that are new against `before` marked; plain where it is long. */
