@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+FILMS_FOLDER = "films"
+"""Where a run's folder has the films of its episodes."""
+
 
 @dataclass(frozen=True)
 class Episode:

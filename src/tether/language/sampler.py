@@ -93,12 +93,15 @@ class Samples:
         """These responses, in this order, cut to the longest among them."""
         index = torch.tensor(rows)
         longest = int(self.mask[index].sum(dim=1).max())
-        stepwise = {name: getattr(self, name) for name in _STEPWISE}
+        stepwise: dict[str, Any] = {}
+        for name in _STEPWISE:
+            tensor = getattr(self, name)
+            stepwise[name] = None if tensor is None else tensor[index, :longest]
         return Samples(
             response_ids=[self.response_ids[row] for row in rows],
             texts=[self.texts[row] for row in rows],
             terminated=self.terminated[index],
-            **{name: None if tensor is None else tensor[index, :longest] for name, tensor in stepwise.items()},
+            **stepwise,
         )
 
 
