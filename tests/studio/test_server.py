@@ -121,9 +121,9 @@ def test_an_address_that_is_taken_or_not_ours_is_one_line(root: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"127.0.0.1:{port}: cannot be listened on: .*; try --port 0"):
+        with pytest.raises(UserError, match=rf"127\.0\.0\.1:{port}: cannot be listened on: .*; try --port 0"):
             serve(StudioConfig(runs=str(root), port=port, browser=False))
-    with pytest.raises(UserError, match="192.0.2.1:0: cannot be listened on"):
+    with pytest.raises(UserError, match=r"192\.0\.2\.1:0: cannot be listened on"):
         serve(StudioConfig(runs=str(root), host="192.0.2.1", port=0, browser=False))
 
 

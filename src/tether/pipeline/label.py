@@ -186,7 +186,7 @@ def _new_set(config: LabelConfig) -> Path:
     file = Path(config.output)
     check_output(config.output, config.overwrite)
     if file.exists():
-        with LabelSet(file) as labels:
+        with LabelSet(file, writable=True) as labels:  # reading alone would leave SQLite's own files behind
             count = len(labels.answers())
         if count:
             raise UserError(f"{file}: holds {count} answers, which nothing brings back: move it away, or name another")
@@ -198,7 +198,7 @@ def _export(config: LabelConfig, file: Path) -> Path:
         raise UserError(f"export: {file}: no such file, expected one that `tether label` wrote")
     if not config.output.endswith(".jsonl"):
         raise UserError(f"output: found {config.output!r}, expected a file NAME.jsonl")
-    with LabelSet(file) as labels:
+    with LabelSet(file, writable=True) as labels:
         answers = labels.answers()
         rows = list(labels.preferences())
         if not rows:

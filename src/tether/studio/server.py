@@ -91,6 +91,7 @@ def _listening(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(place)
+        listener.listen()  # who comes before the server is ready waits for it
     except OSError as error:
         listener.close()
         raise UserError(f"{host}:{port}: cannot be listened on: {error.strerror}; try --port 0") from None
