@@ -462,15 +462,12 @@ def test_the_likeliest_actions_are_the_first_of_all_sorted_by_their_probability(
 ) -> None:
     policy = make_policy(space)
     states = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
-    every = (
-        [[i] for i in range(3)]
-        if space is CHOICE
-        else [[i, j, k] for i in range(3) for j in range(2) for k in range(4)]
-    )
-    actions = torch.tensor(every).squeeze(-1)
-    distribution: Any = reference_distribution(policy, space, states[:, None])
+    sizes = [3] if space is CHOICE else [3, 2, 4]
+    actions = torch.cartesian_prod(*[torch.arange(size) for size in sizes])
+    distribution: Any = reference_distribution(policy, space, states.repeat_interleave(len(actions), 0))
     with torch.no_grad():
-        expected = distribution.log_prob(actions.expand(6, *actions.shape)).exp().sort(dim=-1, descending=True)
+        probabilities = distribution.log_prob(actions.repeat(6, *[1] * (actions.dim() - 1))).exp().view(6, -1)
+    expected = probabilities.sort(dim=-1, descending=True)
     found = policy.likeliest(states, count)
     assert found is not None
     torch.testing.assert_close(found[1], expected.values[:, :count])

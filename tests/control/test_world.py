@@ -6,6 +6,7 @@ N = environments, T = steps of one collection.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -644,7 +645,12 @@ def test_numbers_of_another_batch_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"steps": 0}, "at least 1"), ({"record": -1}, "0 or more"), ({"film_every": -1}, "0 or more")],
+    [
+        ({"steps": 0}, "steps is 0, expected at least 1"),
+        ({"record": -1}, "record is -1, expected 0 or more"),
+        ({"alternatives": -1}, "alternatives is -1, expected 0 or more"),
+        ({"film_every": -1}, "film_every is -1, expected 0 or more"),
+    ],
 )
 def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
