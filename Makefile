@@ -29,7 +29,7 @@ BENCH_FOLDER ?= runs/bench
 # control.py has settings of its own: a quick look at the others is a quick look at it
 CONTROL_ARGS ?= $(if $(findstring --quick,$(ARGS)),--steps 4096 --repeats 1)
 
-.PHONY: help demo test test-all bench lint format sync FORCE
+.PHONY: help demo test test-all bench lint format sync browser FORCE
 .NOTPARALLEL:
 
 help:
@@ -40,6 +40,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make sync       only install into .venv"
+	@echo "make browser    a Chromium for the tests of the page, which are skipped without one"
 	@echo "Each installs what it needs into .venv first; TORCH=cpu takes the small CPU-only torch."
 
 demo: sync
@@ -77,6 +78,9 @@ format: sync
 	$(RUN) ruff format .
 
 sync: .venv/.torch
+
+browser:
+	@sh .ci/browser
 
 # Holds the name of the torch that is installed, and is as new as the last complete installation.
 .venv/.torch: pyproject.toml uv.lock $(if $(filter $(TORCH),$(INSTALLED)),,FORCE) | $(filter .uv/bin/uv,$(UV))

@@ -20,6 +20,7 @@ from tokenizers import AddedToken
 
 from tests.models import make_model, make_tokenizer
 from tether.rewards.classifiers import load_classifier
+from tether.runs.labels import LabelSet, NewPair, create_labels
 
 Prepare = Callable[[], None]
 PPO = (
@@ -753,6 +754,54 @@ DETAILS = [
     Case("a report of a folder that is no run", "report model", ("model", "holds no run")),
 ]
 
+LABEL = "label --policy model --prompts.path prompts.jsonl --pairs 2 --sampling.max-new-tokens 4 --no-open --output"
+
+
+def answered() -> None:
+    """A set of pairs in which somebody has said something."""
+    create_labels(Path("done.labels.db"), {}, [NewPair("ab", "c", "d")])
+    with LabelSet(Path("done.labels.db"), writable=True) as labels:
+        labels.answer("ann", 1, "skip")
+
+
+STUDIO = [
+    Case("a folder of runs that is not there", "studio nowhere", ("nowhere", "no such folder")),
+    Case("a port that there is not", "studio . --port 99999", ("port is 99999", "65535")),
+    Case("a token that can be guessed", "studio . --token 1234", ("token", "at least 8")),
+    Case("an address that is not this machine's", "studio . --host 192.0.2.1 --port 0", ("192.0.2.1", "--port 0")),
+    Case("pairs without a policy", "label --output x.labels.db", ("no policy", "--policy")),
+    Case("pairs without prompts", "label --policy model --output x.labels.db", ("no prompts", "--prompts.path")),
+    Case("a set of pairs of another name", f"{LABEL} pairs.db", ("output", "'pairs.db'", "NAME.labels.db")),
+    Case("no pairs at all", f"{LABEL} x.labels.db --pairs 0", ("pairs is 0", "1 or more")),
+    Case("a policy that there is not", f"{LABEL} x.labels.db --against ./other", ("./other", "no such folder")),
+    Case("one judge, who cannot disagree", f"{LABEL} x.labels.db --judge judge", ("judge judge", "--members 4")),
+    Case("a pool without a judge", f"{LABEL} x.labels.db --pool 9", ("pool", "judge")),
+    Case(
+        "answers that are always the same",
+        f"{LABEL} x.labels.db --sampling.temperature 0",
+        ("are the same", "--sampling.temperature"),
+    ),
+    Case(
+        "pairs in place of answers",
+        f"{LABEL} done.labels.db --overwrite",
+        ("done.labels.db", "1 answer"),
+        prepare=answered,
+    ),
+    Case(
+        "labels that say nothing",
+        "label --export done.labels.db --output p.jsonl",
+        ("done.labels.db", "no preference"),
+        prepare=answered,
+    ),
+    Case(
+        "labels in another format",
+        "label --export x.labels.db --output p.jsonl",
+        ("x.labels.db", "damaged or no set of labels"),
+        files={"x.labels.db": "prompt,chosen\n" * 99},
+    ),
+    Case("labels that are not there", "label --export x.labels.db --output p.jsonl", ("x.labels.db", "no such file")),
+]
+
 SECTIONS: dict[str, list[Case]] = {
     "Command line and configuration": SETTINGS,
     "Models": MODELS,
@@ -762,6 +811,7 @@ SECTIONS: dict[str, list[Case]] = {
     "Rewards, before training": REWARDS,
     "Tasks": TASKS,
     "Details, references, adapters, alarms and reports": DETAILS,
+    "The studio and labels": STUDIO,
     "Scorers, judges and reward models as rewards": SERVICES,
     "Rewards, in the third iteration": FAILING_REWARDS,
     "Scorers and judges, in the third iteration": FAILING_SERVICES,

@@ -25,7 +25,7 @@ def metric_lines(run: Path) -> list[bytes]:
 
 def episode_rows(run: Path) -> list[tuple[Any, ...]]:
     with closing(sqlite3.connect(run / "episodes.db")) as connection:
-        return connection.execute("SELECT * FROM episodes ORDER BY id").fetchall()
+        return connection.execute("SELECT * FROM episodes JOIN steps ON episode_id = id ORDER BY id").fetchall()
 
 
 def checkpoint_files(run: Path) -> dict[str, bytes]:

@@ -28,6 +28,7 @@ from tether.pipeline.evaluate import EvalConfig
 from tether.pipeline.explain import ExplainConfig
 from tether.pipeline.export import ExportConfig
 from tether.pipeline.generate import GenerateConfig
+from tether.pipeline.label import LabelConfig
 from tether.pipeline.ppo import PPOConfig
 from tether.pipeline.prove import ProveConfig
 from tether.pipeline.reward_model import RewardModelConfig
@@ -35,6 +36,7 @@ from tether.pipeline.score import ScoreConfig
 from tether.pipeline.sft import SFTConfig
 from tether.report import ReportConfig
 from tether.runs import read_config, read_metrics
+from tether.studio import StudioConfig
 
 CONFIGS = {
     "ppo": PPOConfig,
@@ -42,6 +44,8 @@ CONFIGS = {
     "reward": RewardModelConfig,
     "score": ScoreConfig,
     "generate": GenerateConfig,
+    "studio": StudioConfig,
+    "label": LabelConfig,
     "export": ExportConfig,
     "report": ReportConfig,
     "eval": EvalConfig,

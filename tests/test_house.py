@@ -31,7 +31,7 @@ BELOW: dict[str, set[str]] = {
     "control": LEAVES | {"config", "ppo", "rewards"},
     "pipeline": LEAVES | {"config", "ppo", "rewards", "runs", "train"} | WORLDS,
     "report": LEAVES | {"config", "runs"},
-    "studio": LEAVES | {"config", "ppo", "rewards", "runs"},
+    "studio": LEAVES | {"config", "ppo", "rewards", "runs", "report"},
     "cli": LEAVES | {"config", "ppo", "rewards", "runs", "train", "pipeline", "report", "studio"} | WORLDS,
     "__main__": {"cli"},
     "devices": {"errors"},

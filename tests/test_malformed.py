@@ -45,6 +45,7 @@ from tests.malformed_inputs import (
     SECTIONS,
     SERVICES,
     SETTINGS,
+    STUDIO,
     TASKS,
     TOKENIZERS,
     Case,
@@ -263,7 +264,7 @@ def _each(*sections: list[Case]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("section", "case"), chosen, ids=ids)
 
 
-@_each(SETTINGS, MODELS, TOKENIZERS, PROMPTS, PREFERENCES, REWARDS, TASKS, DETAILS, SERVICES, ENVIRONMENTS)
+@_each(SETTINGS, MODELS, TOKENIZERS, PROMPTS, PREFERENCES, REWARDS, TASKS, DETAILS, STUDIO, SERVICES, ENVIRONMENTS)
 def test_a_mistake_is_found_before_anything_is_computed(
     section: str, case: Case, work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,6 +28,9 @@ class ToyContext:
     def select(self, rows: Tensor) -> ToyContext:
         return ToyContext(self.observations[rows], self.lengths[rows])
 
+    def steps(self, mask: Tensor) -> ToyContext:
+        return ToyContext(self.observations[mask].unsqueeze(1), torch.ones(int(mask.sum()), dtype=torch.long))
+
 
 class ToyPolicy(nn.Module):
     """A small trunk with a categorical policy and a value head."""

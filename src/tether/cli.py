@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlencode
 
 from tether.errors import UserError
 
@@ -216,6 +217,34 @@ def _report(arguments: list[str]) -> int:
     return 0
 
 
+def _studio(arguments: list[str]) -> int:
+    from tether.config import load_config
+    from tether.studio import StudioConfig, serve
+
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--runs", *arguments]
+    description = "A web page over a folder of runs: tether studio RUNS. Works while they train."
+    serve(load_config(StudioConfig, arguments, "tether studio", description))
+    return 0
+
+
+def _label(arguments: list[str]) -> int:
+    from tether.config import load_config
+    from tether.pipeline.label import LabelConfig, label
+    from tether.studio import StudioConfig, serve
+
+    description = "Pairs of answers for people to compare in the studio, and --export of what they said."
+    config = load_config(LabelConfig, arguments, "tether label", description)
+    file = label(config)
+    if config.export is None and config.open:
+        serve(StudioConfig(runs=str(file.parent), port=config.port), f"/label?{urlencode({'set': file.name})}")
+    elif config.export is None:
+        print(f"judge them in the browser:  tether studio {file.parent}")
+    else:
+        print(f"a reward model from them:   tether reward --preferences.path {file} …")
+    return 0
+
+
 def _export(arguments: list[str]) -> int:
     from tether.config import load_config
     from tether.pipeline.export import ExportConfig, export
@@ -261,6 +290,8 @@ COMMANDS = {
     "generate": _Command("responses of a policy to prompts", _generate),
     "eval": _Command("mean score and pass@k of a policy on prompts with a reward", _evaluate),
     "report": _Command("a run as one page: was the reward followed or fooled?", _report),
+    "studio": _Command("a web page over the runs: metrics, episodes, labelling", _studio),
+    "label": _Command("pairs of answers for people to compare, and their labels", _label),
     "export": _Command("a policy as one plain folder, adapters merged", _export),
     "explain": _Command("one episode of each world in the same table", _explain),
     "prove": _Command("PPO in a world whose optimum is known: how near does it come?", _prove),

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+FILMS_FOLDER = "films"
+"""Where a run's folder has the films of its episodes."""
+
 
 @dataclass(frozen=True)
 class Episode:
@@ -26,7 +29,15 @@ class Episode:
         advantages: as the policy was trained on, whitened where the run whitens.
         returns: the critic's targets.
         reference_log_probs: log π_ref(a|s); None without a reference.
+        new_log_probs: log π(a|s) when the update saw the step for the last time, before the optimizer step that
+            followed; NaN where it never did. None: not known.
+        entropies: of π(·|s) at that same moment, nats.
+        alternatives: the likeliest actions when the action was drawn, likeliest first, each [in words, probability],
+            of the distribution that was really sampled: at its temperature, after top-k and top-p. The action itself
+            is among them where it is likely enough. None where none were kept, or actions are continuous.
         states: what was observed before each action; None where that is the prompt and the actions so far.
+        frames: a film of the episode, one image that holds its frames in rows from left to right: the file's name
+            relative to the run's folder. `details["film"]` says how it is cut. None where none was made.
         details: the world's own facts.
     """
 
@@ -43,5 +54,9 @@ class Episode:
     advantages: list[float]
     returns: list[float]
     reference_log_probs: list[float] | None = None
+    new_log_probs: list[float] | None = None
+    entropies: list[float] | None = None
+    alternatives: list[list[list[Any]]] | None = None
     states: list[str] | None = None
+    frames: str | None = None
     details: dict[str, Any] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tether.episode import Episode
 from tether.memory import PeakMemory
-from tether.ppo import ActorCritic, Learner, Trajectories
+from tether.ppo import ActorCritic, Evaluation, Learner, Trajectories
 
 
 class World(Protocol):
@@ -31,8 +31,10 @@ class World(Protocol):
         """What to report of the batch collected last."""
         ...
 
-    def episodes(self, trajectories: Trajectories, advantages: Tensor, returns: Tensor) -> list[Episode]:
-        """The batch collected last, for people and for storage."""
+    def episodes(
+        self, trajectories: Trajectories, advantages: Tensor, returns: Tensor, last_seen: Evaluation | None = None
+    ) -> list[Episode]:
+        """The batch collected last, for people and for storage; `last_seen` is the learner's, after its update."""
         ...
 
     def save_policy(self, folder: Path) -> None:
@@ -57,6 +59,7 @@ class Iteration:
     advantages: Tensor
     returns: Tensor
     metrics: dict[str, float]
+    last_seen: Evaluation | None = None
 
 
 def iterate(world: World, learner: Learner) -> Iterator[Iteration]:
@@ -71,7 +74,7 @@ def iterate(world: World, learner: Learner) -> Iterator[Iteration]:
         metrics |= {"time/learning": ended - learning, "time/iteration": ended - started}
         if (peak := memory.lap()) is not None:
             metrics["memory/learning"] = peak
-        yield Iteration(learner.iteration, trajectories, advantages, returns, metrics)
+        yield Iteration(learner.iteration, trajectories, advantages, returns, metrics, learner.last_seen)
 
 
 __all__ = ["ActorCritic", "Iteration", "World", "iterate"]

@@ -450,3 +450,30 @@ def test_the_learner_raises_the_probability_of_what_was_rewarded(space: spaces.S
         scores.append(float(rewards.mean()))
     assert scores[0] < 0.7
     assert scores[-1] > 0.85
+
+
+# alternatives
+
+
+@pytest.mark.parametrize("count", [1, 5, 100])
+@pytest.mark.parametrize("space", [CHOICE, CHOICES], ids=SPACE_NAMES[:2])
+def test_the_likeliest_actions_are_the_first_of_all_sorted_by_their_probability(
+    space: spaces.Space[Any], count: int
+) -> None:
+    policy = make_policy(space)
+    states = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
+    sizes = [3] if space is CHOICE else [3, 2, 4]
+    actions = torch.cartesian_prod(*[torch.arange(size) for size in sizes])
+    distribution: Any = reference_distribution(policy, space, states.repeat_interleave(len(actions), 0))
+    with torch.no_grad():
+        probabilities = distribution.log_prob(actions.repeat(6, *[1] * (actions.dim() - 1))).exp().view(6, -1)
+    expected = probabilities.sort(dim=-1, descending=True)
+    found = policy.likeliest(states, count)
+    assert found is not None
+    torch.testing.assert_close(found[1], expected.values[:, :count])
+    for row, places in enumerate(expected.indices[:, :count].tolist()):
+        assert found[0][row].tolist() == actions[places].tolist()
+
+
+def test_continuous_actions_have_no_likeliest_ones() -> None:
+    assert make_policy(FORCES).likeliest(torch.zeros(2, 4), 5) is None

@@ -6,6 +6,7 @@ N = environments, T = steps of one collection.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -597,6 +598,42 @@ def test_so_many_environments_are_recorded(record: int, expected: set[int]) -> N
     assert all(episode.score == len(episode.rewards) == len(episode.states or ()) <= 7 for episode in episodes)
 
 
+def test_episodes_say_what_else_was_likely_and_what_the_update_saw() -> None:
+    environments = environments_of(**KINDS["sync"])
+    world = world_of(environments, steps=30, record=2)
+    trajectories = world.collect()
+    learner = Learner(world.policy, LearnerConfig(epochs=1, minibatches=1))
+    learner.update(trajectories, *learner.credit(trajectories))  # alternatives are of before
+    episodes = world.episodes(trajectories, *learner.credit(trajectories), learner.last_seen)
+    assert len(episodes) > 4
+    for episode in episodes:
+        assert episode.alternatives is not None
+        assert episode.new_log_probs == pytest.approx(episode.log_probs, abs=1e-5)
+        assert episode.entropies is not None
+        columns = (episode.actions, episode.log_probs, episode.entropies, episode.alternatives)
+        for action, log_prob, entropy, likeliest in zip(*columns, strict=True):
+            assert sorted(text for text, _ in likeliest) == ["0", "1"]
+            assert likeliest[0][1] >= likeliest[1][1]
+            assert dict(likeliest)[action] == pytest.approx(math.exp(log_prob), abs=1e-5)
+            assert entropy == pytest.approx(-sum(p * math.log(p) for _, p in likeliest), abs=1e-4)
+    world = world_of(environments_of(**KINDS["sync"]), steps=30, alternatives=0)
+    trajectories = world.collect()
+    assert world.episodes(trajectories, *learner.credit(trajectories))[0].alternatives is None
+
+
+def test_an_episode_that_began_when_less_was_kept_of_each_step_is_not_stored() -> None:
+    world = chains([(5, True), (2, False)], steps=3)
+    first = world.collect()
+    assert world.episodes(first, first.values, first.rewards) == []
+    state = world.state_dict()
+    other = chains([(5, True), (2, False)], steps=3, alternatives=0)
+    other.load_state_dict(state)
+    second = other.collect()
+    assert other.episodes(second, second.values, second.rewards) == []
+    last = other.collect()
+    assert [len(episode.actions) for episode in other.episodes(last, last.values, last.rewards)] == [2]
+
+
 def test_numbers_of_another_batch_are_refused() -> None:
     world = chains([(2, True)], steps=3)
     trajectories = world.collect()
@@ -606,7 +643,15 @@ def test_numbers_of_another_batch_are_refused() -> None:
         chains([(2, True)], steps=3).metrics(trajectories)
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"steps": 0}, "at least 1"), ({"record": -1}, "0 or more")])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps is 0, expected at least 1"),
+        ({"record": -1}, "record is -1, expected 0 or more"),
+        ({"alternatives": -1}, "alternatives is -1, expected 0 or more"),
+        ({"film_every": -1}, "film_every is -1, expected 0 or more"),
+    ],
+)
 def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ControlCollectConfig(**changes)

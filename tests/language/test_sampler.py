@@ -412,3 +412,44 @@ def test_empty_prompts_are_refused(prompts: list[list[int]]) -> None:
 def test_bad_numbers_are_refused(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field):
         SamplingConfig(**{field: value})
+
+
+# ---- alternatives ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3, "temperature": 1.4}, {"top_p": 0.6}], ids=str)
+def test_alternatives_are_the_likeliest_tokens_and_change_nothing_else(options: dict[str, Any]) -> None:
+    config = SamplingConfig(max_new_tokens=6, batch_size=4, alternatives=4, **options)
+    plain, sampler = make_sampler(config), make_sampler(config)
+    expected = plain.sample(PROMPTS)
+    found = sampler.sample(PROMPTS, alternatives=True)
+    assert (expected.likeliest, expected.likeliest_probabilities) == (None, None)
+    for name in ("response_ids", "texts"):
+        assert getattr(found, name) == getattr(expected, name)
+    for name in ("log_probs", "values", "mask", "terminated"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert torch.equal(plain.generator.get_state(), sampler.generator.get_state())
+    assert found.likeliest is not None
+    assert found.likeliest_probabilities is not None
+    for row, (prompt, response) in enumerate(zip(PROMPTS, found.response_ids, strict=True)):
+        for step in range(len(response)):
+            p = next_token(sampler, [*prompt, *response[:step]])
+            order = sorted(range(len(p)), key=lambda i: -p[i])[:4]
+            given = found.likeliest_probabilities[row, step].tolist()
+            assert given == pytest.approx([p[i] for i in order], abs=1e-5)
+            named = [i for i, q in zip(found.likeliest[row, step].tolist(), given, strict=True) if q > 0]
+            assert named == order[: len(named)]
+
+
+def test_alternatives_stay_with_their_responses() -> None:
+    config = SamplingConfig(max_new_tokens=6, alternatives=3)
+    first = make_sampler(config).sample(PROMPTS, alternatives=True)
+    second = make_sampler(config, seed=1).sample(PROMPTS[:2], alternatives=True)
+    joined = sampler_module.join_samples([first, second])
+    for part, start in ((first, 0), (second, len(PROMPTS))):
+        picked = joined.select(range(start, start + len(part.texts)))
+        for name in ("likeliest", "likeliest_probabilities", "log_probs", "mask"):
+            assert torch.equal(getattr(picked, name), getattr(part, name)), name
+    none = make_sampler(SamplingConfig(max_new_tokens=6, alternatives=0)).sample(PROMPTS, alternatives=True)
+    assert none.likeliest is None
+    assert torch.equal(none.log_probs, first.log_probs)

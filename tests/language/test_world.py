@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -265,8 +266,36 @@ def test_episodes_say_what_the_tensors_say() -> None:
         assert set(episode.details["scores"]) == {"count"}
         visible = "".join(episode.actions[:-1] if episode.terminated else episode.actions)
         assert episode.response in visible or "<" in visible
+    assert episodes[0].new_log_probs is episodes[0].entropies is None  # before an update
     with pytest.raises(ValueError, match="not the batch"):
         world.episodes(batch.select(torch.arange(3)), advantages, returns)
+
+
+def test_episodes_say_what_the_update_saw_and_what_else_was_likely() -> None:
+    world = make_world(sampling=SamplingConfig(max_new_tokens=8, temperature=1.2, top_k=4, alternatives=6))
+    batch = world.collect()
+    learner = Learner(world.policy, LearnerConfig(epochs=1, minibatches=1))
+    advantages, returns = learner.credit(batch)
+    learner.update(batch, advantages, returns)
+    for episode in world.episodes(batch, advantages, returns, learner.last_seen):
+        # one epoch of one minibatch sees the policy that drew
+        assert episode.new_log_probs == pytest.approx(episode.log_probs, abs=1e-5)
+        assert episode.entropies is not None
+        assert episode.alternatives is not None
+        columns = (episode.actions, episode.log_probs, episode.entropies, episode.alternatives)
+        for action, log_prob, entropy, likeliest in zip(*columns, strict=True):
+            probabilities = [p for _, p in likeliest]
+            assert len(likeliest) == 4  # top-k leaves no more
+            assert sum(probabilities) == pytest.approx(1.0, abs=1e-5)
+            assert probabilities == sorted(probabilities, reverse=True)
+            assert entropy == pytest.approx(-sum(p * math.log(p) for p in probabilities), abs=1e-4)
+            assert math.exp(log_prob) in [pytest.approx(p, abs=1e-5) for text, p in likeliest if text == action]
+
+
+def test_no_alternatives_are_kept_where_none_are_asked_for() -> None:
+    world = make_world(sampling=SamplingConfig(max_new_tokens=4, alternatives=0))
+    batch = world.collect()
+    assert world.episodes(batch, *estimate(batch, AdvantageConfig()))[0].alternatives is None
 
 
 def test_a_failing_reward_carries_the_responses_that_were_sampled() -> None:

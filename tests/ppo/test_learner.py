@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.toy import TablePolicy, ToyPolicy, one_step, trajectories
+from tests.toy import TablePolicy, ToyContext, ToyPolicy, one_step, trajectories
 
-from tether.ppo import AdvantageConfig, KLConfig, KLController, Learner, LearnerConfig
+from tether.ppo import AdvantageConfig, Evaluation, KLConfig, KLController, Learner, LearnerConfig
 from tether.ppo.advantages import rewards_to_go
 from tether.ppo.learner import explained_variance, schedule_factor
 
@@ -292,3 +292,55 @@ def test_it_learns_the_best_of_four_actions(estimator: Any) -> None:
 def test_bad_numbers_are_refused(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{field} is .*expected"):
         replace(LearnerConfig(), **{field: value})
+
+
+class Listening(ToyPolicy):
+    """Keeps what it said of each step, by the step's own observation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: dict[tuple[float, ...], tuple[float, float, float]] = {}
+
+    def evaluate(self, context: ToyContext, actions: torch.Tensor, mask: torch.Tensor) -> Evaluation:
+        evaluation = super().evaluate(context, actions, mask)
+        numbers = torch.stack([evaluation.log_probs, evaluation.values, evaluation.entropy], dim=-1).detach()
+        states = context.observations[:, : mask.shape[1]]
+        for state, said in zip(states[mask].tolist(), numbers[mask].tolist(), strict=True):
+            self.said[tuple(state)] = tuple(said)
+        return evaluation
+
+
+def told(seen: Evaluation) -> torch.Tensor:
+    return torch.stack([seen.log_probs, seen.values, seen.entropy], dim=-1)
+
+
+@pytest.mark.parametrize("target_kl", [None, 1e9, 0.05, 1e-3])
+@pytest.mark.parametrize("microbatch_size", [8192, 9])
+def test_last_seen_is_what_the_update_saw_last(microbatch_size: int, target_kl: float | None) -> None:
+    batch = trajectories(ToyPolicy(), episodes=9)
+    policy = Listening()
+    rates = {"learning_rate": 0.05, "microbatch_size": microbatch_size, "target_kl": target_kl}
+    learner = Learner(policy, LearnerConfig(epochs=3, minibatches=4, **rates))  # type: ignore[arg-type]
+    assert learner.last_seen is None
+    metrics = learner.update(batch, *learner.credit(batch))
+    assert metrics["stopped_early"] == (target_kl is not None and target_kl < 1)  # 1e-3: at the first minibatch
+    assert learner.last_seen is not None
+    found = told(learner.last_seen)
+    for row, step in batch.mask.nonzero().tolist():
+        said = policy.said.get(tuple(batch.context.observations[row, step].tolist()))
+        assert said is None or found[row, step].tolist() == list(said)
+        assert (said is None) == bool(found[row, step].isnan().all())
+    assert bool(found[~batch.mask].isnan().all())
+    assert bool(found[batch.mask].isfinite().all()) == (target_kl != 1e-3)
+
+
+def test_last_seen_of_steps_that_stand_alone_lies_as_the_trajectories_do() -> None:
+    """One epoch of one minibatch sees all steps with the parameters as they were before."""
+    policy = ToyPolicy(seed=3)
+    batch = replace(trajectories(policy, episodes=6, drift=0.0), markov=True)
+    learner = Learner(policy, LearnerConfig(epochs=1, minibatches=1))
+    learner.update(batch, *learner.credit(batch))
+    assert learner.last_seen is not None
+    assert torch.allclose(learner.last_seen.log_probs[batch.mask], batch.log_probs[batch.mask], atol=1e-6)
+    assert torch.allclose(learner.last_seen.values[batch.mask], batch.values[batch.mask], atol=1e-6)
+    assert bool(told(learner.last_seen)[~batch.mask].isnan().all())

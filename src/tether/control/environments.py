@@ -89,6 +89,7 @@ class Environments:
         observation_space: of one environment: a vector (n,), or an image (C, H, W) of uint8.
         action_space: of one environment: Discrete, MultiDiscrete, or a Box (A,) of floats.
         observations: (N, *obs) what the policy sees now; None before the first reset.
+        seeds: (N,) of the episodes that run; None where episodes have none of their own.
 
     Raises:
         UserError: the environment cannot be found, made or learnt from.
@@ -134,6 +135,7 @@ class Environments:
         self.observation_space = self._vector.observation_space
         self.action_space = self._vector.action_space
         self.observations: NDArray[Any] | None = None
+        self.seeds: NDArray[np.int64] | None = None
         self._label = label
         self._seed = seed
         self._episodes = np.zeros(self.count, dtype=np.int64)  # begun so far
@@ -144,6 +146,11 @@ class Environments:
         self._floats = self.observation_space.dtype.kind == "f"
         self._action_dtype = np.int64 if self.action_space.dtype.kind in "iu" else self.action_space.dtype
         self._action_shape = (self.count, *(self.action_space.shape or ()))
+
+    @property
+    def replayable(self) -> bool:
+        """Whether every episode has a seed of its own."""
+        return not isinstance(self._vector, Automatic)
 
     def reset(self) -> NDArray[Any]:
         """Begin an episode in every environment; returns the observations (N, *obs)."""
@@ -202,7 +209,11 @@ class Environments:
         if spare > _LOG_SLACK:
             del self._log[:spare]
         vector = self._vector
-        self.observations = vector.reset(seeds) if isinstance(vector, Automatic) else vector.reset(seeds, mask)
+        if isinstance(vector, Automatic):
+            self.observations = vector.reset(seeds)
+        else:
+            self.seeds = np.where(mask, seeds, 0 if self.seeds is None else self.seeds)
+            self.observations = vector.reset(seeds, mask)
         self._check_finite(self.observations, None)
         return self.observations
 
@@ -309,6 +320,7 @@ class Environments:
         assert not isinstance(self._vector, Automatic)
         seeds = [self._seed_of(index, before=1) for index in range(self.count)]
         begins = len(actions) - lengths
+        self.seeds = np.array(seeds)
         self.observations = self._vector.reset(seeds, self._all)
         for time, action in enumerate(actions):
             observations, _, terminated, truncated, _ = self._vector.step(action)

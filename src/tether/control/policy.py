@@ -154,6 +154,14 @@ class ControlPolicy(nn.Module):
         return self.head.draw(self.trunk(observations), noise)
 
     @torch.no_grad()
+    def likeliest(self, observations: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+        """The likeliest actions in the states (n, *obs), likeliest first: (n, k) or (n, k, A), and their probabilities.
+
+        k is `count`, or all actions there are; (n, k) probabilities. None for continuous actions.
+        """
+        return self.head.likeliest(self.trunk(observations), count)
+
+    @torch.no_grad()
     def values(self, observations: Tensor) -> Tensor:
         """(n,) V of the states (n, *obs), without a gradient; `evaluate` gives values that have one."""
         return self._values(observations, self.trunk(observations) if self.shared else None)
@@ -258,6 +266,11 @@ class _CategoricalHead(nn.Module):
     def evaluate(self, features: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         return _categorical(F.linear(features, self.linear.weight, self.linear.bias), actions)
 
+    def likeliest(self, features: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        logits = F.linear(features, self.linear.weight, self.linear.bias)
+        probabilities, actions = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+        return actions[:, :count], probabilities[:, :count]
+
     def to_environment(self, actions: NDArray[Any]) -> NDArray[Any]:
         return (actions + self.start if self.start else actions).astype(self.dtype, copy=False)
 
@@ -284,6 +297,19 @@ class _MultiCategoricalHead(nn.Module):
         parts = [_categorical(part, action) for part, action in zip(logits, actions.unbind(-1), strict=True)]
         log_probs, entropies = zip(*parts, strict=True)
         return torch.stack(log_probs).sum(0), torch.stack(entropies).sum(0)
+
+    def likeliest(self, features: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        logits = F.linear(features, self.linear.weight, self.linear.bias)
+        actions, joint = logits.new_zeros(len(logits), 1, 0, dtype=torch.long), logits.new_ones(len(logits), 1)
+        for part in logits.split(self.choices, -1):  # the k likeliest so far with the k likeliest of the next: exact
+            alone, choices = part.softmax(-1).sort(dim=-1, descending=True, stable=True)
+            alone, choices = alone[:, :count], choices[:, :count]
+            pairs = (joint[:, :, None] * alone[:, None, :]).flatten(1).sort(dim=-1, descending=True, stable=True)
+            joint, places = pairs.values[:, :count], pairs.indices[:, :count]
+            before, chosen = places // choices.shape[1], choices.gather(1, places % choices.shape[1])
+            kept = actions.gather(1, before[:, :, None].expand(-1, -1, actions.shape[2]))
+            actions = torch.cat([kept, chosen[:, :, None]], dim=-1)
+        return actions, joint
 
     def to_environment(self, actions: NDArray[Any]) -> NDArray[Any]:
         return (actions.reshape(-1, *self.shape) + self.start).astype(self.dtype, copy=False)
@@ -318,6 +344,9 @@ class _GaussianHead(nn.Module):
         distance = (actions - mean) * torch.exp(-self.log_std)
         log_probs = -0.5 * distance.square().sum(-1) - log_scale
         return log_probs, (log_scale + 0.5 * len(self.log_std)).expand(len(mean))
+
+    def likeliest(self, features: Tensor, count: int) -> None:
+        """Each single action has probability 0."""
 
     def to_environment(self, actions: NDArray[Any]) -> NDArray[Any]:
         scaled: NDArray[Any] = actions.reshape(-1, *self.shape) * self.scale

@@ -23,8 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tether.control.environments import Environments, Step
+from tether.control.films import Films
 from tether.control.normalisation import ObservationNormaliser, RewardScaler
 from tether.control.policy import StateContext
+from tether.control.words import in_words
 from tether.episode import Episode
 from tether.errors import UserError
 from tether.ppo import ActorCritic, Evaluation, KLController, Trajectories
@@ -32,7 +34,6 @@ from tether.ppo.kl import estimate_kl
 
 RECENT = 100  # finished episodes that the reported means are taken over, as is usual for these environments
 EVALUATED_AT_ONCE = 2048  # states: bounds the memory of a CNN's activations
-SHOWN_NUMBERS = 12  # components of an observation that are stored in words, one by one; of larger ones the mean is
 POLICY_FILE, STATISTICS_FILE = "policy.safetensors", "observations.safetensors"
 
 
@@ -50,6 +51,13 @@ class SteppingPolicy(ActorCritic, Protocol):
 
     def act(self, observations: Tensor, noise: Tensor | None) -> Tensor:
         """(N,) or (N, A) actions in the states (N, *obs); None instead of noise: the likeliest."""
+        ...
+
+    def likeliest(self, observations: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+        """(n, k) or (n, k, A) the likeliest actions in the states (n, *obs), and their probabilities (n, k).
+
+        Likeliest first; k is `count`, or as many actions as there are. None where actions are continuous.
+        """
         ...
 
     def values(self, observations: Tensor) -> Tensor:
@@ -84,12 +92,17 @@ class ControlCollectConfig:
     """Divide rewards by the running standard deviation of the discounted return."""
     record: int = 1
     """Of how many of the environments the episodes are stored."""
+    alternatives: int = 5
+    """So many of the likeliest actions of each step are stored with an episode, where actions are discrete. 0: none."""
+    film_every: int = 0
+    """Film the first stored episode that ends after every so many steps: it is played again and rendered. 0: none."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}, expected at least 1")
-        if self.record < 0:
-            raise ValueError(f"record is {self.record}, expected 0 or more")
+        for name in ("record", "alternatives", "film_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
 
 
 @dataclass(frozen=True)
@@ -102,6 +115,7 @@ class _Moment:
     reward: NDArray[Any]  # (N,), as the policy is to learn from it
     step: Step
     valid: NDArray[np.bool_]  # (N,) a step of an episode that is collected
+    seeds: NDArray[np.int64] | None  # (N,) of the episodes that the step is of
 
 
 @dataclass(frozen=True)
@@ -114,6 +128,8 @@ class _Rollout:
     mask: NDArray[np.bool_]
     success: NDArray[Any] | None
     shown: NDArray[Any]  # (T, recorded, *obs)
+    seeds: NDArray[np.int64] | None  # (T, N)
+    alternatives: list[list[list[list[Any]]]] | None  # (recorded, T) of [action in words, probability]
     seconds: float
 
 
@@ -133,6 +149,7 @@ class ControlWorld:
         reference: a frozen policy that the KL is measured against.
         kl: holds β; needed with a reference.
         fewest: steps that a batch must have, such as one for each minibatch.
+        films: makes films of episodes, as often as the configuration says. None: there are none.
     """
 
     def __init__(
@@ -145,6 +162,7 @@ class ControlWorld:
         reference: ActorCritic | None = None,
         kl: KLController | None = None,
         fewest: int = 1,
+        films: Films | None = None,
     ) -> None:
         if (reference is None) != (kl is None):
             raise ValueError("reference and kl belong together: give both or neither")
@@ -154,11 +172,13 @@ class ControlWorld:
         self.reference = reference
         self.kl = kl
         self.fewest = fewest
+        self.films = films if self.config.film_every else None
         self.generator = torch.Generator().manual_seed(seed)
         shape = environments.observation_space.shape
         self.normaliser = ObservationNormaliser(shape) if self.config.normalise_observations else None
         self.scaler = RewardScaler(environments.count, gamma) if self.config.normalise_rewards else None
         self.steps = 0
+        self._filmed = -self.config.film_every  # steps that were done when the last film was made
         self._raw: NDArray[Any] = np.empty(0)  # the state that each environment is in
         self._seen: Tensor | None = None  # the same as the policy sees it; None before the first reset
         self._returns = np.zeros(environments.count)
@@ -198,6 +218,8 @@ class ControlWorld:
             mask=mask,
             success=_stack_success(moments),
             shown=np.stack([m.shown for m in moments]),
+            seeds=None if moments[0].seeds is None else np.stack([m.seeds for m in moments if m.seeds is not None]),
+            alternatives=self._alternatives(context.observations[: len(self._open)]),
             seconds=0.0,
         )
         valid = self._row_wise(mask)
@@ -232,7 +254,7 @@ class ControlWorld:
             self._observe(self.environments.reset(), running)
         noise = self.policy.noise(limit, count, self.generator)
         for t in range(limit):
-            seen, shown = self._seen, self._raw[: len(self._open)]
+            seen, shown, seeds = self._seen, self._raw[: len(self._open)], self.environments.seeds
             assert seen is not None
             action = self.policy.act(seen.to(self.policy.device), noise[t])
             step = self.environments.step(self.policy.to_environment(action))
@@ -244,7 +266,7 @@ class ControlWorld:
             if whole:
                 running = running & ~ended
             self._observe(step.observations, running)
-            yield _Moment(seen, shown, action, reward, step, valid)
+            yield _Moment(seen, shown, action, reward, step, valid, seeds)
             if not running.any():
                 return
 
@@ -274,6 +296,21 @@ class ControlWorld:
             values = self.policy.values(torch.from_numpy(states).to(self.policy.device))
             bootstrap[truncated] = values.numpy(force=True)
         return bootstrap
+
+    def _alternatives(self, observations: Tensor) -> list[list[list[list[Any]]]] | None:
+        """[action in words, probability] of the likeliest actions in the states (n, T, *obs)."""
+        count, steps = self.config.alternatives, observations.shape[1]
+        if not (count and len(observations)):
+            return None
+        found = [self.policy.likeliest(states, count) for states in observations.flatten(0, 1).split(EVALUATED_AT_ONCE)]
+        parts = [part for part in found if part is not None]
+        if not parts:
+            return None
+        actions, probabilities = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        acted = self.policy.to_environment(actions.flatten(0, 1))
+        words = iter([in_words(action) for action in acted] if acted.ndim > 1 else map(str, acted.tolist()))
+        pairs = [[[next(words), p] for p in row] for row in probabilities.tolist()]
+        return [pairs[start : start + steps] for start in range(0, len(pairs), steps)]
 
     def _row_wise(self, steps: NDArray[Any]) -> Tensor:
         """(T, N) as the environments go → (N, T) as trajectories lie."""
@@ -315,7 +352,9 @@ class ControlWorld:
         metrics |= {"episodes": float(rollout.ended.sum()), "steps": float(self.steps)}
         return metrics | {"time/collecting": rollout.seconds, "time/steps_per_second_collected": _rate(rollout)}
 
-    def episodes(self, trajectories: Trajectories, advantages: Tensor, returns: Tensor) -> list[Episode]:
+    def episodes(
+        self, trajectories: Trajectories, advantages: Tensor, returns: Tensor, last_seen: Evaluation | None = None
+    ) -> list[Episode]:
         """Episodes of the recorded environments that ended in the batch that `collect` returned last, as wholes.
 
         To be called once for each batch: what an unfinished episode has so far is kept until it ends.
@@ -326,6 +365,8 @@ class ControlWorld:
         numbers |= {"advantages": advantages, "returns": returns}
         if trajectories.reference_log_probs is not None:
             numbers["reference_log_probs"] = trajectories.reference_log_probs
+        if last_seen is not None:
+            numbers |= {"new_log_probs": last_seen.log_probs, "entropies": last_seen.entropy}
         finished = []
         for n in range(len(self._open)):
             if self.config.whole_episodes:
@@ -335,18 +376,37 @@ class ControlWorld:
                 steps = begin + np.flatnonzero(rollout.mask[begin:end, n])
                 acted = self.policy.to_environment(trajectories.actions[n, steps])
                 parts = {name: tensor[n, steps].tolist() for name, tensor in numbers.items()}
-                parts |= {"states": [_words(o) for o in rollout.shown[steps, n]], "action_ids": acted.tolist()}
-                parts |= {"actions": [_words(a) for a in acted], "raw": rollout.rewards[steps, n].tolist()}
+                parts |= {"states": [in_words(o) for o in rollout.shown[steps, n]], "action_ids": acted.tolist()}
+                parts |= {"actions": [in_words(a) for a in acted], "raw": rollout.rewards[steps, n].tolist()}
+                if self.films is not None and rollout.seeds is not None:
+                    parts["seeds"] = rollout.seeds[steps, n].tolist()
+                if rollout.alternatives is not None:
+                    parts["alternatives"] = [rollout.alternatives[n][step] for step in steps]
                 open_episode = self._open[n]
+                if open_episode and open_episode.keys() != parts.keys():
+                    open_episode = self._open[n] = None  # it began when something else was kept of each step
                 if open_episode is not None:
                     for name, part in parts.items():
                         open_episode.setdefault(name, []).extend(part)
                 if end > begin and rollout.ended[end - 1, n]:
                     if open_episode is not None:
-                        finished.append(_episode(open_episode, bool(rollout.terminated[end - 1, n]), n))
+                        finished.append(self._finish(open_episode, bool(rollout.terminated[end - 1, n]), n))
                     self._open[n] = {}
                 begin = int(end)
         return finished
+
+    def _finish(self, parts: dict[str, list[Any]], terminated: bool, environment: int) -> Episode:
+        """The episode that `parts` are of, filmed where it is time for a film."""
+        seeds = parts.pop("seeds", None)
+        episode = _episode(parts, terminated, environment)
+        if self.films is None or not seeds or self.steps - self._filmed < self.config.film_every:
+            return episode
+        self._filmed = self.steps
+        name = f"{self.steps:09d}-{environment}"
+        made = self.films.make(name, seeds[0], episode.action_ids, episode.states or [])
+        if made is None:
+            return episode
+        return replace(episode, frames=made[0], details=episode.details | {"film": made[1]})
 
     def _last_rollout(self, trajectories: Trajectories) -> _Rollout:
         if self._rollout is None or self._rollout.mask.T.shape != tuple(trajectories.mask.shape):
@@ -370,6 +430,7 @@ class ControlWorld:
         return state | {
             "generator": self.generator.get_state(),
             "steps": self.steps,
+            "filmed": self._filmed,
             "returns": torch.from_numpy(self._returns.copy()),
             "lengths": torch.from_numpy(self._lengths.copy()),
             "recent": list(self._recent),
@@ -395,6 +456,7 @@ class ControlWorld:
             self.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["generator"])
         self.steps = int(state["steps"])
+        self._filmed = int(state.get("filmed", -self.config.film_every))
         self._returns, self._lengths = state["returns"].numpy().copy(), state["lengths"].numpy().copy()
         self._recent = deque(((r, n, s) for r, n, s in state["recent"]), maxlen=RECENT)
         # `record` may be another now: what is recorded anew begins with the next episode
@@ -454,34 +516,22 @@ def _stack_success(moments: list[_Moment]) -> NDArray[Any] | None:
 
 
 def _episode(parts: dict[str, list[Any]], terminated: bool, environment: int) -> Episode:
-    parts = dict(parts)
-    score, length = sum(parts.pop("raw")), len(parts["states"])
+    columns: dict[str, Any] = dict(parts)
+    score, length = sum(columns.pop("raw")), len(columns["states"])
     how = "terminated" if terminated else "cut off by the time limit"
     return Episode(
-        prompt=parts["states"][0],
+        prompt=columns["states"][0],
         response=f"{length} steps, {how}",
         score=score,
         terminated=terminated,
         truncated=not terminated,
         details={"environment": environment},
-        **parts,
+        **columns,
     )
 
 
 def _copy(parts: dict[str, list[Any]] | None) -> dict[str, list[Any]] | None:
     return None if parts is None else {name: list(values) for name, values in parts.items()}
-
-
-def _words(value: Any) -> str:
-    """An observation or an action in a few words."""
-    numbers = np.asarray(value)
-    if numbers.ndim == 0:
-        return str(numbers.item())
-    if numbers.ndim > 1 or numbers.size > SHOWN_NUMBERS:
-        return f"{'×'.join(map(str, numbers.shape))} numbers, mean {numbers.mean():.4g}"
-    if np.issubdtype(numbers.dtype, np.integer):
-        return " ".join(map(str, numbers.tolist()))
-    return " ".join(f"{number:+.3f}" for number in numbers.tolist())
 
 
 def _rate(rollout: _Rollout) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tether.language.decoding import Decoder, PlainDecoder, SlotDecoder
 from tether.language.head import keep_likeliest
+from tether.language.likeliest import alternatives
 from tether.language.models import end_token_ids
 from tether.language.policy import LanguagePolicy
 from tether.language.products import packed_weights
@@ -40,6 +42,8 @@ class SamplingConfig:
     Special tokens are strings here, too: "<|im_end|>"."""
     batch_size: int = 256
     """Responses that are drawn at once; when one has ended, the next takes its place."""
+    alternatives: int = 5
+    """In training, so many of the likeliest tokens of each step are stored with the episode. 0: none."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -54,6 +58,8 @@ class SamplingConfig:
             raise ValueError("stop has an empty string, which every response contains")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}, expected at least 1")
+        if self.alternatives < 0:
+            raise ValueError(f"alternatives is {self.alternatives}, expected 0 or more")
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,9 @@ class Samples:
         mask: (N, T) bool, the token exists.
         terminated: (N,) bool, ended by eos or a stop string; otherwise the length limit cut it off.
         support: (N, T) how many tokens top-k and top-p left to draw from; None without them.
+        likeliest: (N, T, k) the likeliest tokens of each step, likeliest first; None where they were not asked for.
+        likeliest_probabilities: (N, T, k) of these under the distribution that was sampled, which gives 0 to what
+            top-k and top-p left out.
     """
 
     response_ids: list[list[int]]
@@ -77,20 +86,26 @@ class Samples:
     mask: Tensor
     terminated: Tensor
     support: Tensor | None
+    likeliest: Tensor | None = None
+    likeliest_probabilities: Tensor | None = None
 
     def select(self, rows: Sequence[int]) -> Samples:
         """These responses, in this order, cut to the longest among them."""
         index = torch.tensor(rows)
         longest = int(self.mask[index].sum(dim=1).max())
+        stepwise: dict[str, Any] = {}
+        for name in _STEPWISE:
+            tensor = getattr(self, name)
+            stepwise[name] = None if tensor is None else tensor[index, :longest]
         return Samples(
             response_ids=[self.response_ids[row] for row in rows],
             texts=[self.texts[row] for row in rows],
-            log_probs=self.log_probs[index, :longest],
-            values=self.values[index, :longest],
-            mask=self.mask[index, :longest],
             terminated=self.terminated[index],
-            support=None if self.support is None else self.support[index, :longest],
+            **stepwise,
         )
+
+
+_STEPWISE = ("log_probs", "values", "mask", "support", "likeliest", "likeliest_probabilities")
 
 
 class Sampler:
@@ -113,11 +128,17 @@ class Sampler:
         self.end_ids = torch.tensor(end_token_ids(policy.model, tokenizer))
 
     @torch.no_grad()
-    def sample(self, prompt_ids: Sequence[Sequence[int]]) -> Samples:
-        """One response to each prompt; repeat a prompt to have several, side by side: it is read once then."""
+    def sample(self, prompt_ids: Sequence[Sequence[int]], alternatives: bool = False) -> Samples:
+        """One response to each prompt; repeat a prompt to have several, side by side: it is read once then.
+
+        Args:
+            prompt_ids: token ids of each prompt.
+            alternatives: keep the likeliest tokens of each step, as many as the configuration says.
+        """
         if not prompt_ids or not all(len(ids) for ids in prompt_ids):
             raise ValueError("every prompt needs at least one token")
         drawn = _Drawn(len(prompt_ids), self.config.max_new_tokens, self._truncates, self.generator)
+        drawn.alternatives = self.config.alternatives if alternatives else 0
         with self.policy.precision(), packed_weights(self.policy.models(), self._rows(prompt_ids)):
             self._draw_all(drawn, prompt_ids)
         return self._samples(drawn)
@@ -159,6 +180,9 @@ class Sampler:
         drawn.log_probs[rows, steps], drawn.values[rows, steps] = log_probs.cpu(), values.cpu()
         if drawn.support is not None and support is not None:
             drawn.support[rows, steps] = support.cpu()
+        if drawn.alternatives:
+            known = (tokens, log_probs, support, self.config.temperature)
+            drawn.keep(rows, steps, *alternatives(logits, *known, drawn.alternatives))
         drawn.lengths[rows] += 1
         drawn.terminated[rows] = self._ended(drawn, rows)
         drawn.over[rows] = drawn.terminated[rows] | (drawn.lengths[rows] == self.config.max_new_tokens)
@@ -194,6 +218,8 @@ class Sampler:
             mask=mask,
             terminated=drawn.terminated,
             support=None if drawn.support is None else drawn.support[:, :longest].contiguous(),
+            likeliest=None if drawn.likeliest is None else drawn.likeliest[:, :longest],
+            likeliest_probabilities=None if drawn.probabilities is None else drawn.probabilities[:, :longest],
         )
 
 
@@ -208,6 +234,17 @@ class _Drawn:
         self.lengths = torch.zeros(count, dtype=torch.long)
         self.terminated = torch.zeros(count, dtype=torch.bool)
         self.over = torch.zeros(count, dtype=torch.bool)  # terminated, or at the limit
+        self.alternatives = 0  # likeliest tokens that are kept of each step
+        self.likeliest: Tensor | None = None
+        self.probabilities: Tensor | None = None
+
+    def keep(self, rows: Tensor, steps: Tensor, likeliest: Tensor, probabilities: Tensor) -> None:
+        """Note the likeliest tokens (len(rows), k) of these steps of these responses, and their probabilities."""
+        if self.likeliest is None or self.probabilities is None:
+            shape = (*self.tokens.shape, likeliest.shape[1])
+            self.likeliest, self.probabilities = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape)
+        self.likeliest[rows, steps] = likeliest.int().cpu()
+        self.probabilities[rows, steps] = probabilities.cpu()
 
     def last(self, rows: Tensor) -> Tensor:
         """The token drawn last of each of these responses."""
@@ -289,16 +326,17 @@ def join_samples(parts: Sequence[Samples]) -> Samples:
         return parts[0]
     longest = max(part.mask.shape[1] for part in parts)
 
-    def stack(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([torch.nn.functional.pad(t, (0, longest - t.shape[1])) for t in tensors])
+    def stack(tensors: list[Tensor | None]) -> Tensor | None:
+        there = [tensor for tensor in tensors if tensor is not None]
+        if not there:
+            return None
+        padding = (0, 0) * (there[0].dim() - 2)
+        return torch.cat([torch.nn.functional.pad(t, (*padding, 0, longest - t.shape[1])) for t in there])
 
-    supports = [part.support for part in parts if part.support is not None]
+    stepwise: dict[str, Any] = {name: stack([getattr(part, name) for part in parts]) for name in _STEPWISE}
     return Samples(
         response_ids=[ids for part in parts for ids in part.response_ids],
         texts=[text for part in parts for text in part.texts],
-        log_probs=stack([part.log_probs for part in parts]),
-        values=stack([part.values for part in parts]),
-        mask=stack([part.mask for part in parts]),
         terminated=torch.cat([part.terminated for part in parts]),
-        support=stack(supports) if supports else None,
+        **stepwise,
     )

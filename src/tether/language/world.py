@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from tether.language.prompts import Prompt
 from tether.language.reference import Reference
 from tether.language.sampler import Sampler, Samples
 from tether.memory import PeakMemory
-from tether.ppo import KLController, Trajectories
+from tether.ppo import Evaluation, KLController, Trajectories
 from tether.ppo.advantages import scale_and_clip
 from tether.ppo.kl import estimate_kl, penalised_rewards
 from tether.ppo.trajectories import last_step
@@ -151,6 +151,7 @@ class LanguageWorld:
         self._batch: _Batch | None = None
         self._follow_due = False  # the policy may have learned since the reference was told last
         self._first_length: float | None = None  # mean response length of the first batch
+        self._pieces: dict[int, str] = {}  # the text of each token that was needed so far
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -191,7 +192,7 @@ class LanguageWorld:
     def _draw(self, prompts: int, before: list[Draw], clock: _Clock) -> Draw:
         """Scored responses to the next `prompts` prompts; `before` was drawn for the same batch."""
         chosen = [self.prompts[i] for i in self._next_prompts(prompts) for _ in range(self.config.samples_per_prompt)]
-        samples = self.sampler.sample([p.token_ids for p in chosen])
+        samples = self.sampler.sample([p.token_ids for p in chosen], alternatives=True)
         clock.lap("sampling")
         scores = self._score(self.rewards, chosen, samples, before)
         clock.lap("scoring")
@@ -327,15 +328,20 @@ class LanguageWorld:
             "score_drawn": sum(batch.drawn.scores.total) / len(batch.drawn.scores.total),
         }
 
-    def episodes(self, trajectories: Trajectories, advantages: Tensor, returns: Tensor) -> list[Episode]:
+    def episodes(
+        self, trajectories: Trajectories, advantages: Tensor, returns: Tensor, last_seen: Evaluation | None = None
+    ) -> list[Episode]:
         """The batch that `collect` returned last as episodes for people and for storage."""
         batch = self._last_batch(trajectories)
         assert trajectories.reference_log_probs is not None
         names = ("log_probs", "values", "rewards", "reference_log_probs")
         columns = {name: getattr(trajectories, name).tolist() for name in names}
         columns |= {"advantages": advantages.tolist(), "returns": returns.tolist()}
-        ids = [i for response in batch.samples.response_ids for i in response]
-        pieces = iter(self.tokenizer.batch_decode([[i] for i in ids]))
+        if last_seen is not None:
+            columns |= {"new_log_probs": last_seen.log_probs.tolist(), "entropies": last_seen.entropy.tolist()}
+        if batch.samples.likeliest is not None:
+            columns["alternatives"] = self._alternatives(batch.samples)
+        pieces = self._texts(i for response in batch.samples.response_ids for i in response)
         episodes = []
         for row, (prompt, response_ids) in enumerate(zip(batch.prompts, batch.samples.response_ids, strict=True)):
             length = len(response_ids)
@@ -347,7 +353,7 @@ class LanguageWorld:
                     score=batch.scores.total[row],
                     terminated=terminated,
                     truncated=not terminated,
-                    actions=[next(pieces) for _ in range(length)],
+                    actions=[pieces[i] for i in response_ids],
                     action_ids=response_ids,
                     **{name: values[row][:length] for name, values in columns.items()},
                     details={
@@ -359,6 +365,26 @@ class LanguageWorld:
                 )
             )
         return episodes
+
+    def _alternatives(self, samples: Samples) -> list[list[list[list[Any]]]]:
+        """[text, probability] of the likeliest tokens, for each response and step."""
+        assert samples.likeliest is not None
+        assert samples.likeliest_probabilities is not None
+        ids, numbers = samples.likeliest.tolist(), samples.likeliest_probabilities.tolist()
+        texts = self._texts(samples.likeliest.unique().tolist())
+        return [
+            [
+                [[texts[i], p] for i, p in zip(step_ids, step_numbers, strict=True) if p > 0]
+                for step_ids, step_numbers, _ in zip(row_ids, row_numbers, response, strict=False)
+            ]
+            for row_ids, row_numbers, response in zip(ids, numbers, samples.response_ids, strict=True)
+        ]
+
+    def _texts(self, token_ids: Iterable[int]) -> dict[int, str]:
+        """The text of each of these tokens by itself, at least."""
+        if new := sorted(set(token_ids) - self._pieces.keys()):
+            self._pieces.update(zip(new, self.tokenizer.batch_decode([[i] for i in new]), strict=True))
+        return self._pieces
 
     def _last_batch(self, trajectories: Trajectories) -> _Batch:
         if self._batch is None or len(self._batch.prompts) != len(trajectories):

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from tether.control.policy import StateContext
 from tether.errors import UserError
 from tether.language.context import TokenContext
+from tether.language.likeliest import likeliest
 from tether.language.policy import LanguagePolicy
 from tether.language.reading import output_head, plain_layout
 from tether.language.sampler import SamplingConfig, draw
@@ -91,13 +92,24 @@ class StepwisePolicy:
     @torch.no_grad()
     def act(self, observations: Tensor, noise: Tensor | None) -> Tensor:
         """(N,) next tokens of the prefixes (N, L), drawn with `noise` (N,); None: the likeliest."""
-        context = self._prefixes(observations)
-        rows = torch.arange(len(observations), device=self.device)
-        with self.policy.precision():
-            logits, _ = self.policy.reader.logits_at(plain_layout(context), (rows, context.starts - 1))
+        logits = self._logits(observations)
         if noise is None:
             return logits.argmax(dim=-1)
         return draw(logits, noise, SamplingConfig(temperature=self.temperature))[0]
+
+    @torch.no_grad()
+    def likeliest(self, observations: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """(n, k) the likeliest next tokens of the prefixes (n, L), likeliest first, and their probabilities."""
+        scaled = self._logits(observations).float() / self.temperature
+        tokens = likeliest(scaled, count)[1]
+        return tokens, scaled.softmax(dim=-1).gather(-1, tokens)
+
+    def _logits(self, observations: Tensor) -> Tensor:
+        """(n, V) of the token that comes after each of the prefixes (n, L)."""
+        context = self._prefixes(observations)
+        rows = torch.arange(len(observations), device=self.device)
+        with self.policy.precision():
+            return self.policy.reader.logits_at(plain_layout(context), (rows, context.starts - 1))[0]
 
     @torch.no_grad()
     def values(self, observations: Tensor) -> Tensor:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +21,7 @@ from rich.console import Console
 
 from tether.config import config_from_dict, config_to_dict
 from tether.control.environments import Environments, EnvironmentsConfig, make_environment
-from tether.control.loading import one_line_errors
+from tether.control.films import Films, choose_renderer, render, require_imageio
 from tether.control.normalisation import ObservationNormaliser
 from tether.control.policy import ControlPolicy, NetworkConfig
 from tether.control.vectors import success_of
@@ -114,7 +112,10 @@ def build_control(config: ControlConfig, checkpoint: Path | None = None) -> tupl
         if checkpoint is None:
             _try_out(environments, policy)
         fewest = config.learner.minibatches
-        world = ControlWorld(policy, environments, config.collect, config.advantage.gamma, config.seed, fewest=fewest)
+        films = _films(config, environments)
+        world = ControlWorld(
+            policy, environments, config.collect, config.advantage.gamma, config.seed, fewest=fewest, films=films
+        )
         if checkpoint is not None:
             load_policy(checkpoint, policy, None)
         learner = Learner(policy, config.learner, config.advantage, None, config.iterations, config.seed)
@@ -124,6 +125,17 @@ def build_control(config: ControlConfig, checkpoint: Path | None = None) -> tupl
         environments.close()  # worker processes would stay
         raise
     return world, learner
+
+
+def _films(config: ControlConfig, environments: Environments) -> Films | None:
+    if not config.collect.film_every:
+        return None
+    if not environments.replayable:
+        raise UserError(
+            f"collect.film_every: `{config.env}` is stepped by its own vector environment, whose episodes have no seed "
+            "to play them again by: set environments.vectorization to sync"
+        )
+    return Films(Path(config.output), config.env, config.environments)
 
 
 def _try_out(environments: Environments, policy: ControlPolicy) -> None:
@@ -232,8 +244,8 @@ def evaluate_control(config: ControlEvalConfig) -> ControlEvaluation:
     if found is None:
         raise UserError(f"{folder}: no checkpoint to evaluate")
     player = Player.load(run, found[1])
-    if config.record and sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo renders without a display only if told so
+    if config.record:
+        choose_renderer()
     with closing(make_environment(run.env, run.environments, "rgb_array" if config.record else None)) as environment:
         generator = torch.Generator().manual_seed(config.seed) if config.sample else None
         returns, lengths, success = [], [], []
@@ -297,22 +309,16 @@ def _film(path: str | None, frames_per_second: int) -> Iterator[Callable[[Any], 
     if path is None:
         yield lambda environment: None
         return
-    try:
-        import imageio.v3 as imageio
-    except ImportError as error:
-        raise UserError(f'{path}: films need imageio: pip install "tether[control]"') from error
+    require_imageio(path)
+    import imageio.v3 as imageio
+
     frames: list[NDArray[Any]] = []
     every, states = math.ceil(frames_per_second / MOST_FRAMES_PER_SECOND), itertools.count()
 
     def add_frame(environment: Any) -> None:
         if next(states) % every:
             return
-        with one_line_errors(f"{path}: the environment's render failed"):
-            frame = environment.render()
-        if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3):
-            found = f"shape {frame.shape}, {frame.dtype}" if isinstance(frame, np.ndarray) else type(frame).__name__
-            raise UserError(f"{path}: the environment's render returned {found}, expected an image (H, W, 3) of uint8")
-        frames.append(frame)
+        frames.append(render(environment, path))
 
     with _written(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -131,10 +131,8 @@ def train_in_folder(
                     run.log(iteration.number, iteration.metrics)
                     for alarm in watch.log(iteration.number, iteration.metrics) if watch is not None else ():
                         logger.warning("alarm in iteration %d: %s", alarm.iteration, alarm.message)
-                    run.log_episodes(
-                        iteration.number,
-                        world.episodes(iteration.trajectories, iteration.advantages, iteration.returns),
-                    )
+                    batch = (iteration.trajectories, iteration.advantages, iteration.returns, iteration.last_seen)
+                    run.log_episodes(iteration.number, world.episodes(*batch))
                     boundary, complete = _boundary(world), iteration.number
                     due = iteration.number % config.checkpoint_every == 0 or iteration.number == config.iterations
                     if due or interruption.wanted:

@@ -18,7 +18,7 @@ from tether.ppo.advantages import AdvantageConfig, estimate
 from tether.ppo.distributed import all_sum, sum_gradients
 from tether.ppo.kl import KLConfig, KLController, estimate_kl
 from tether.ppo.objective import clipped_surrogate, step_weights, value_loss
-from tether.ppo.trajectories import ActorCritic, Context, Trajectories, last_step
+from tether.ppo.trajectories import ActorCritic, Context, Evaluation, Trajectories, last_step
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,8 @@ class Learner:
     Attributes:
         iteration: updates done so far.
         updating: the parameters are those of neither one iteration nor the next, since an update was broken off.
+        last_seen: what policy and critic said of each step of the last batch when the update evaluated it for the last
+            time, before the optimizer step that followed; NaN where it never did.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class Learner:
         self.iterations = iterations
         self.iteration = 0
         self.updating = False
+        self.last_seen: Evaluation | None = None
         self.generator = torch.Generator().manual_seed(seed)
         self._policy_parameters = [p for p in policy.policy_parameters() if p.requires_grad]
         self._value_parameters = [p for p in policy.value_parameters() if p.requires_grad]
@@ -163,12 +166,14 @@ class Learner:
             raise ValueError(f"{rows} {what} cannot be cut into {config.minibatches} minibatches; lower minibatches")
         self.updating = True
         rates = self._set_learning_rates()
-        total = _Sums()
+        total, seen = _Sums(), _Seen()
         stopped = False
         for _ in range(config.epochs):
+            if config.target_kl is None:
+                seen = _Seen()  # this epoch will see every step again
             order = torch.randperm(rows, generator=self.generator)
             for chosen in order.tensor_split(config.minibatches):
-                sums = self._accumulate_gradients(batch, chosen)
+                sums = self._accumulate_gradients(batch, chosen, seen)
                 if config.target_kl is not None and sums["approx_kl"] > config.target_kl:
                     stopped = True
                     break
@@ -181,6 +186,7 @@ class Learner:
         policy_moved = not self._warming_value_up
         self.iteration += 1
         self.updating = False
+        self.last_seen = seen.last(batch, trajectories)
         metrics = total.means() | rates | {"optimizer_steps": float(total.count), "stopped_early": float(stopped)}
         if self.advantage.uses_critic:
             metrics["explained_variance"] = explained_variance(trajectories.values, returns, trajectories.mask)
@@ -190,7 +196,7 @@ class Learner:
                 self.kl.update(*kl)
         return metrics
 
-    def _accumulate_gradients(self, batch: _Batch, rows: Tensor) -> dict[str, float]:
+    def _accumulate_gradients(self, batch: _Batch, rows: Tensor, seen: _Seen) -> dict[str, float]:
         """Gradients of one minibatch, microbatch by microbatch: the cut does not change them."""
         for parameter in self._parameters:
             parameter.grad = None
@@ -199,7 +205,8 @@ class Learner:
         sums: Tensor | float = 0.0
         for part in self._microbatches(batch.context.lengths[rows]):
             micro = batch.select(rows[part])
-            losses = self._losses(micro)
+            losses, evaluation = self._losses(micro)
+            seen.add(rows[part], evaluation)
             weight = weights[part, : micro.mask.shape[1]]
             losses["loss"].backward(weight)  # the gradient of Σ weight · loss
             with torch.no_grad():
@@ -211,8 +218,11 @@ class Learner:
         sum_gradients(self._parameters)
         return dict(zip(names, all_sum(sums).tolist(), strict=True))
 
-    def _losses(self, micro: _Batch) -> dict[str, Tensor]:
-        """Every step's loss and what is reported beside it, each (n, t); `loss` carries the gradient."""
+    def _losses(self, micro: _Batch) -> tuple[dict[str, Tensor], Evaluation]:
+        """Every step's loss and what is reported beside it, each (n, t); `loss` carries the gradient.
+
+        Returns what they were computed from, too.
+        """
         config = self.config
         evaluation = self.policy.evaluate(micro.context, micro.actions, micro.mask)
         policy_loss, was_clipped = clipped_surrogate(
@@ -237,7 +247,7 @@ class Learner:
             critic_loss = value_loss(evaluation.values, micro.values, micro.returns, config.value_clip)
             loss = config.value_coefficient * critic_loss + (0.0 if self._warming_value_up else loss)
             reported["value_loss"] = critic_loss
-        return {"loss": loss} | reported
+        return {"loss": loss} | reported, evaluation
 
     def _microbatches(self, lengths: Tensor) -> Iterator[Tensor | slice]:
         """Indices into `lengths` (n,), in parts of at most `microbatch_size` with padding, longest first if several."""
@@ -345,6 +355,28 @@ class _Batch:
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         return [(name, value) for name, value in vars(self).items() if isinstance(value, Tensor)]
+
+
+class _Seen:
+    """What policy and critic said in the evaluations of an update, one after the other."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]] = []
+
+    def add(self, rows: Tensor, evaluation: Evaluation) -> None:
+        numbers = (evaluation.log_probs.detach(), evaluation.values.detach(), evaluation.entropy.detach())
+        self.parts.append((rows, numbers))
+
+    def last(self, batch: _Batch, trajectories: Trajectories) -> Evaluation:
+        """The last word on every step, (N, T) as the trajectories lie; NaN where there is none."""
+        told = [torch.full_like(batch.values, math.nan) for _ in range(3)]
+        for rows, numbers in self.parts:
+            for whole, part in zip(told, numbers, strict=True):
+                whole[rows, : part.shape[1]] = part.to(whole.dtype)
+        if trajectories.markov:  # a row of the batch is a step of the mask
+            nowhere = torch.full_like(trajectories.values, math.nan)
+            return Evaluation(*(nowhere.masked_scatter(trajectories.mask, steps) for steps in told))
+        return Evaluation(*(whole.masked_fill(~trajectories.mask, math.nan) for whole in told))
 
 
 class _Sums:

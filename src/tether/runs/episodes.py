@@ -1,6 +1,7 @@
 """Every sampled episode of a run, in one SQLite file that people and the studio can query while the run goes on.
 
-Knows `Episode` and SQL; nothing of training. The table, in `episodes.db` (write-ahead log):
+Knows `Episode` and SQL; nothing of training. `episode_queries` asks it for lists. `episodes.db` (write-ahead log,
+user_version 1) has a narrow table to search in, and one with what belongs to each step:
 
     episodes
       id            INTEGER PRIMARY KEY   in the order of collection, from 1
@@ -12,14 +13,23 @@ Knows `Episode` and SQL; nothing of training. The table, in `episodes.db` (write
       length        INTEGER               steps
       kl            REAL                  Σ log π_old − log π_ref over the steps, nats (NULL without a reference)
       terminated, truncated     INTEGER   0 or 1
+      prompt_hash   TEXT                  the same for the same prompt (BLAKE2b, 16 hexadecimal digits)
+      "group"       INTEGER               the same within an iteration for episodes from the same start (NULL: none)
+      frames        TEXT                  file of a film, relative to the run's folder (NULL: none)
       details       TEXT                  JSON object: the world's own facts, such as the parts of the score
+
+    steps
+      episode_id    INTEGER PRIMARY KEY   id in `episodes`
       actions       TEXT                  JSON list of text, one per step
       action_ids    TEXT                  JSON list, one per step: a token id, or a control
       states        TEXT                  JSON list of text, one per step: what was observed before the action (NULL
                                           where that is the prompt and the actions so far)
-      log_probs, "values", rewards, advantages, returns, reference_log_probs
+      alternatives  TEXT                  JSON list, one per step: the likeliest actions in words, likeliest first
+                                          (NULL where none were kept)
+      alternative_probabilities BLOB      float32, one for each of these, in the same order
+      log_probs, "values", rewards, advantages, returns, reference_log_probs, new_log_probs, entropies
                     BLOB                  one little-endian float32 per step: numpy.frombuffer(blob, "<f4")
-                                          (reference_log_probs NULL without a reference)
+                                          (NULL where they are not known)
 
     sqlite3 episodes.db 'SELECT id, score, response FROM episodes WHERE iteration = 3 ORDER BY score DESC LIMIT 5'
 """
@@ -27,6 +37,7 @@ Knows `Episode` and SQL; nothing of training. The table, in `episodes.db` (write
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import sqlite3
@@ -41,29 +52,47 @@ from tether.episode import Episode
 from tether.errors import UserError
 
 EPISODES_FILE = "episodes.db"
+LAYOUT = 1  # PRAGMA user_version; 0 is what one table held, or an empty file
 
-_SCHEMA = """
+_SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS episodes (
   id INTEGER PRIMARY KEY, iteration INTEGER NOT NULL, position INTEGER NOT NULL,
   prompt TEXT NOT NULL, response TEXT NOT NULL,
   score REAL, reward REAL, length INTEGER NOT NULL, kl REAL,
   terminated INTEGER NOT NULL, truncated INTEGER NOT NULL,
-  details TEXT NOT NULL, actions TEXT NOT NULL, action_ids TEXT NOT NULL, states TEXT,
-  log_probs BLOB NOT NULL, "values" BLOB NOT NULL, rewards BLOB NOT NULL,
-  advantages BLOB NOT NULL, returns BLOB NOT NULL, reference_log_probs BLOB
+  prompt_hash TEXT NOT NULL, "group" INTEGER, frames TEXT, details TEXT NOT NULL
 );
-CREATE INDEX IF NOT EXISTS episodes_by_iteration ON episodes (iteration, score);
-CREATE INDEX IF NOT EXISTS episodes_by_score ON episodes (score);
+CREATE TABLE IF NOT EXISTS steps (
+  episode_id INTEGER PRIMARY KEY, actions TEXT NOT NULL, action_ids TEXT NOT NULL, states TEXT,
+  alternatives TEXT, alternative_probabilities BLOB,
+  log_probs BLOB NOT NULL, "values" BLOB NOT NULL, rewards BLOB NOT NULL,
+  advantages BLOB NOT NULL, returns BLOB NOT NULL, reference_log_probs BLOB, new_log_probs BLOB, entropies BLOB
+);
+CREATE INDEX IF NOT EXISTS episodes_by_numbers ON episodes
+  (iteration, score, kl, length, reward, terminated, truncated, "group", prompt_hash);
+CREATE INDEX IF NOT EXISTS episodes_by_prompt ON episodes (prompt_hash, iteration, score);
+PRAGMA user_version = {LAYOUT};
 """
-_ARRAYS = ("log_probs", "values", "rewards", "advantages", "returns", "reference_log_probs")
-_JSON = ("details", "actions", "action_ids", "states")
+_ARRAYS = (
+    *("log_probs", "values", "rewards", "advantages", "returns"),
+    *("reference_log_probs", "new_log_probs", "entropies"),
+)
 _COLUMNS = (
     *("iteration", "position", "prompt", "response", "score", "reward", "length", "kl", "terminated", "truncated"),
-    *_JSON,
-    *_ARRAYS,
+    *("prompt_hash", "group", "frames", "details"),
 )
-_NAMES = ", ".join(f'"{name}"' for name in _COLUMNS)
-_INSERT = f"INSERT INTO episodes ({_NAMES}) VALUES ({', '.join('?' * len(_COLUMNS))})"
+_STEP_JSON = ("actions", "action_ids", "states")
+_STEP_COLUMNS = (*_STEP_JSON, "alternatives", "alternative_probabilities", *_ARRAYS)
+
+
+def _insert(table: str, columns: Sequence[str]) -> str:
+    names = ", ".join(f'"{name}"' for name in columns)
+    return f"INSERT INTO {table} ({names}) VALUES ({', '.join('?' * len(columns))})"
+
+
+_INSERT = _insert("episodes", ("id", *_COLUMNS))
+_INSERT_STEPS = _insert("steps", ("episode_id", *_STEP_COLUMNS))
+_WHOLE = ", ".join(["id", *(f'"{name}"' for name in (*_COLUMNS, *_STEP_COLUMNS))])
 _ORDERS = {
     "newest": "id DESC",
     "oldest": "id",
@@ -85,6 +114,8 @@ class StoredEpisode(Episode):
     reward: float = math.nan
     length: int = 0
     kl: float | None = None
+    prompt_hash: str = ""
+    group: int | None = None
 
 
 class EpisodeStore:
@@ -94,20 +125,39 @@ class EpisodeStore:
         self.file = folder / EPISODES_FILE
         with _named(self.file):
             self._connection = sqlite3.connect(self.file, isolation_level=None)
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = NORMAL")
-            self._connection.executescript(_SCHEMA)
+            try:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                self._connection.execute("PRAGMA synchronous = NORMAL")
+                if self._connection.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0]:
+                    _check_layout(self._connection, self.file)
+                self._connection.executescript(_SCHEMA)
+            except BaseException:
+                self._connection.close()
+                raise
 
     def append(self, iteration: int, episodes: Sequence[Episode]) -> None:
         """Store the episodes of an iteration: all of them or, if the process dies, none."""
-        rows = [_row(iteration, position, episode) for position, episode in enumerate(episodes)]
         with _named(self.file), self._transaction():
+            first = self._connection.execute("SELECT COALESCE(MAX(id), 0) + 1 FROM episodes").fetchone()[0]
+            rows = (
+                (first + position, *_row(iteration, position, episode)) for position, episode in enumerate(episodes)
+            )
             self._connection.executemany(_INSERT, rows)
+            steps = ((first + position, *_steps(episode)) for position, episode in enumerate(episodes))
+            self._connection.executemany(_INSERT_STEPS, steps)
 
     def remove_after(self, iteration: int) -> None:
         """Remove the episodes of later iterations."""
         with _named(self.file), self._transaction():
+            later = "SELECT id FROM episodes WHERE iteration > ?"
+            self._connection.execute(f"DELETE FROM steps WHERE episode_id IN ({later})", (iteration,))
             self._connection.execute("DELETE FROM episodes WHERE iteration > ?", (iteration,))
+
+    def films(self) -> set[str]:
+        """The films that episodes name."""
+        with _named(self.file):
+            rows = self._connection.execute("SELECT frames FROM episodes WHERE frames IS NOT NULL").fetchall()
+        return {name for (name,) in rows}
 
     def sync(self) -> None:
         """Flush to the disk all that was stored, so that it survives the loss of power too."""
@@ -139,8 +189,11 @@ def read_episodes(
 ) -> list[StoredEpisode]:
     """Episodes of the run in `folder`: of one iteration or of all, in this order. Safe while the run is going on."""
     where, parameters = ("WHERE iteration = ?", [iteration]) if iteration is not None else ("", [])
-    query = f"SELECT id, {_NAMES} FROM episodes {where} ORDER BY {_ORDERS[order]} LIMIT ? OFFSET ?"
-    return [_stored(row) for row in _query(folder, query, [*parameters, limit, offset])]
+    page = f"SELECT id FROM episodes {where} ORDER BY {_ORDERS[order]} LIMIT ? OFFSET ?"
+    query = (
+        f"SELECT {_WHOLE} FROM episodes JOIN steps ON episode_id = id WHERE id IN ({page}) ORDER BY {_ORDERS[order]}"
+    )
+    return [_stored(row) for row in query_store(folder, query, [*parameters, limit, offset])]
 
 
 def read_episode(folder: str | Path, id: int) -> StoredEpisode:
@@ -149,7 +202,8 @@ def read_episode(folder: str | Path, id: int) -> StoredEpisode:
     Raises:
         UserError: there is none.
     """
-    rows = _query(folder, f"SELECT id, {_NAMES} FROM episodes WHERE id = ?", [id])
+    query = f"SELECT {_WHOLE} FROM episodes JOIN steps ON episode_id = id WHERE id = ?"
+    rows = query_store(folder, query, [id]) if 0 < id < 2**63 else []
     if not rows:
         raise UserError(f"{Path(folder) / EPISODES_FILE}: no episode {id}, expected 1 to {count_episodes(folder)}")
     return _stored(rows[0])
@@ -161,20 +215,25 @@ def read_revisited(folder: str | Path, limit: int = 4) -> list[tuple[StoredEpiso
     Those furthest apart come first. Safe while the run is going on.
     """
     query = (
-        "SELECT MIN(id) AS first, MAX(id) AS last FROM episodes GROUP BY prompt HAVING MIN(iteration) < MAX(iteration) "
-        "ORDER BY MAX(iteration) - MIN(iteration) DESC, first LIMIT ?"
+        "SELECT MIN(id) AS first, MAX(id) AS last FROM episodes GROUP BY prompt_hash "
+        "HAVING MIN(iteration) < MAX(iteration) ORDER BY MAX(iteration) - MIN(iteration) DESC, first LIMIT ?"
     )
-    pairs = _query(folder, query, [limit])
+    pairs = query_store(folder, query, [limit])
     return [(read_episode(folder, pair["first"]), read_episode(folder, pair["last"])) for pair in pairs]
 
 
 def count_episodes(folder: str | Path, iteration: int | None = None) -> int:
     """How many episodes the run in `folder` has stored, of one iteration or of all."""
     where, parameters = ("WHERE iteration = ?", [iteration]) if iteration is not None else ("", [])
-    return int(_query(folder, f"SELECT COUNT(*) FROM episodes {where}", parameters)[0][0])
+    return int(query_store(folder, f"SELECT COUNT(*) FROM episodes {where}", parameters)[0][0])
 
 
-def _query(folder: str | Path, query: str, parameters: Sequence[Any]) -> list[Any]:
+def query_store(folder: str | Path, query: str, parameters: Sequence[Any]) -> list[Any]:
+    """Rows of the store in `folder`, opened for reading alone; each gives its columns by number and by name.
+
+    Raises:
+        UserError: there is no store, it is damaged, or an older version of Tether wrote it.
+    """
     file = Path(folder) / EPISODES_FILE
     if not file.is_file():
         raise UserError(f"{file}: no such file, expected the folder of a run")
@@ -182,8 +241,20 @@ def _query(folder: str | Path, query: str, parameters: Sequence[Any]) -> list[An
         _named(file),
         contextlib.closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as connection,
     ):
+        _check_layout(connection, file)
+        connection.execute(f"PRAGMA mmap_size = {2**40}")  # as much as SQLite allows: pages are read without a copy
         connection.row_factory = sqlite3.Row
         return connection.execute(query, parameters).fetchall()
+
+
+def _check_layout(connection: sqlite3.Connection, file: Path) -> None:
+    found = connection.execute("PRAGMA user_version").fetchone()[0]
+    if found != LAYOUT:
+        whose = "an older" if found < LAYOUT else "a newer"
+        raise UserError(
+            f"{file}: has layout {found} of {whose} version of Tether, expected {LAYOUT}; read it with that version, "
+            "or move it away and go on without it"
+        )
 
 
 @contextlib.contextmanager
@@ -195,21 +266,42 @@ def _named(file: Path) -> Iterator[None]:
         raise UserError(f"{file}: {error}; if the file is damaged, move it away and go on without it") from error
 
 
+def hash_prompt(prompt: str) -> str:
+    """What `prompt_hash` holds."""
+    return hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
 def _row(iteration: int, position: int, episode: Episode) -> tuple[Any, ...]:
+    group = episode.details.get("group")
     return (
-        *(iteration, position, episode.prompt, episode.response, episode.score),
+        *(iteration, position, _storable(episode.prompt), _storable(episode.response), episode.score),
         *(sum(episode.rewards), len(episode.log_probs), _kl(episode), episode.terminated, episode.truncated),
-        *(_to_json(getattr(episode, name)) for name in _JSON),
+        *(hash_prompt(episode.prompt), group if isinstance(group, int) else None, episode.frames),
+        _to_json(episode.details),
+    )
+
+
+def _steps(episode: Episode) -> tuple[Any, ...]:
+    alternatives, probabilities = None, None
+    if episode.alternatives is not None:
+        alternatives = [[text for text, _ in step] for step in episode.alternatives]
+        probabilities = [probability for step in episode.alternatives for _, probability in step]
+    return (
+        *(_to_json(getattr(episode, name)) for name in _STEP_JSON),
+        *(_to_json(alternatives), _pack(probabilities)),
         *(_pack(getattr(episode, name)) for name in _ARRAYS),
     )
 
 
 def _stored(row: Any) -> StoredEpisode:
     values: dict[str, Any] = {f.name: row[f.name] for f in fields(StoredEpisode)}
-    for name in _JSON:
+    for name in (*_STEP_JSON, "details", "alternatives"):
         values[name] = None if values[name] is None else json.loads(values[name])
     for name in _ARRAYS:
         values[name] = None if values[name] is None else np.frombuffer(values[name], "<f4").tolist()
+    if values["alternatives"] is not None:
+        probabilities = iter(np.frombuffer(row["alternative_probabilities"], "<f4").tolist())
+        values["alternatives"] = [[[text, next(probabilities)] for text in step] for step in values["alternatives"]]
     for name in ("terminated", "truncated"):
         values[name] = bool(values[name])
     for name in ("score", "reward"):
@@ -219,8 +311,15 @@ def _stored(row: Any) -> StoredEpisode:
     return StoredEpisode(**values)
 
 
+def _storable(text: str) -> str:
+    """`text`, halves of surrogate pairs written out as escapes: UTF-8 has no code for them."""
+    if not isinstance(text, str) or text.isascii():
+        return text
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _to_json(value: Any) -> str | None:
-    return None if value is None else json.dumps(value, ensure_ascii=False)
+    return None if value is None else _storable(json.dumps(value, ensure_ascii=False))
 
 
 def _pack(numbers: list[float] | None) -> bytes | None:

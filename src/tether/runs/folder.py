@@ -4,6 +4,7 @@
     metrics.jsonl    one JSON object a line, "iteration" first
     tensorboard/     the same numbers as TensorBoard events
     episodes.db      every sampled episode (see `episodes`)
+    films/           films of episodes, where some were made
     unscored.jsonl   responses whose scoring failed, if it ever did
     alarms.jsonl     alarms that were raised and cleared, if there were any (see `alarms`)
     frontier.json    what the best of n responses of the reference score, where that was drawn
@@ -26,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from tether.episode import Episode
+from tether.episode import FILMS_FOLDER, Episode
 from tether.errors import UserError
 from tether.yaml_file import dump_yaml, read_yaml
 
@@ -178,7 +179,7 @@ class Run:
     def rewind(self, iteration: int) -> None:
         """Make the folder what it was after `iteration`.
 
-        Later metrics, episodes and checkpoints go, and a torn last line and half-written checkpoints with them.
+        Later metrics, episodes, films and checkpoints go, and a torn last line and half-written checkpoints with them.
         TensorBoard is told to drop the later events (its purge step) when the next ones are logged.
         """
         self._close_writers()
@@ -189,6 +190,10 @@ class Run:
             replace_file(metrics, b"".join(line for n, line in numbered if n is not None and n <= iteration))
         if (self.folder / EPISODES_FILE).exists():
             self._open_episodes().remove_after(iteration)
+            kept = self._open_episodes().films()
+            for film in (self.folder / FILMS_FOLDER).glob("*"):
+                if f"{FILMS_FOLDER}/{film.name}" not in kept:
+                    film.unlink()
         checkpoints.remove_after(self.folder / CHECKPOINTS_FOLDER, iteration)
         self._purge_step = iteration + 1
 
@@ -259,7 +264,7 @@ def refuse_run(folder: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    for name in (CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER):
+    for name in (CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER, FILMS_FOLDER):
         shutil.rmtree(folder / name, ignore_errors=True)
     databases = (EPISODES_FILE, f"{EPISODES_FILE}-wal", f"{EPISODES_FILE}-shm")
     derived = (UNSCORED_FILE, ALARMS_FILE, FRONTIER_FILE, REPORT_FILE)

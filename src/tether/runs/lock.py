@@ -43,6 +43,29 @@ class FolderLock:
             self._descriptor = None
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process is writing the run in `folder`.
+
+    A writer leaves its id in the file and empties it at its end. Only where an id is left is the lock tried, so that
+    trying can be in the way of no writer that is about to start.
+    """
+    try:
+        descriptor = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        if not os.read(descriptor, 32).strip():
+            return False
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 _held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
 

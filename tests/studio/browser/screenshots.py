@@ -1,0 +1,204 @@
+"""Makes the pictures of docs/studio.md again: trains what they show, opens each page, and writes docs/studio/*.png.
+
+    python -m tests.studio.browser.screenshots [RUNS]
+
+Runs that are in RUNS (default: runs/pictures) already are not trained anew; the rest takes some minutes.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from playwright.sync_api import Browser, Page
+from tests.studio.browser.conftest import LAPTOP, PHONE, chromium, drawn, serving
+from tests.studio.browser.made import make_control_run
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
+
+from tether.language.models import prepare_model
+from tether.language.sampler import SamplingConfig
+from tether.language.world import CollectConfig
+from tether.pipeline.ppo import Parts, PPOConfig, train_ppo
+from tether.pipeline.sft import SFTConfig, fine_tune
+from tether.ppo import AdvantageConfig, KLConfig, LearnerConfig
+from tether.runs import Run, read_config, read_episodes
+from tether.runs.labels import LabelSet, NewPair, create_labels
+
+OUTPUT = Path(__file__).resolve().parents[3] / "docs" / "studio"
+EOS = "</s>"
+LARGEST = 49
+SLOPPY = 0.35  # share of the partial sums that are wrong in the text for fine-tuning
+SFT_STEPS, ITERATIONS = 1200, 60
+
+
+def question(a: int, b: int) -> str:
+    return f"What is {a} + {b}?"
+
+
+def working(a: int, b: int, rng: random.Random) -> str:
+    """The sum in steps, each of which may be a little wrong."""
+
+    def sloppy(n: int) -> int:
+        return n + rng.choice((-2, -1, 1, 2)) if rng.random() < SLOPPY else n
+
+    ones = max(0, sloppy(a % 10 + b % 10))
+    tens = a // 10 * 10 + b // 10 * 10
+    return (
+        f"{a % 10} + {b % 10} = {ones}, {a // 10 * 10} + {b // 10 * 10} = {tens}, in all {max(0, sloppy(ones + tens))}."
+    )
+
+
+def right_sum(completions: Sequence[str], prompts: Sequence[str], **_: Any) -> list[float]:
+    """+1 where the last number is the sum, −1 elsewhere."""
+    sums = [sum(map(int, re.findall(r"\d+", prompt))) for prompt in prompts]
+    last = [re.search(r"in all (\d+)\.$", text.strip()) for text in completions]
+    return [1.0 if found and int(found[1]) == right else -1.0 for found, right in zip(last, sums, strict=True)]
+
+
+def make_model() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A small model that has read sloppy sums."""
+    rng = random.Random(0)
+    torch.manual_seed(0)
+    problems = [(rng.randint(0, LARGEST), rng.randint(0, LARGEST)) for _ in range(SFT_STEPS * 64)]
+    rows = [{"prompt": question(a, b), "completion": " " + working(a, b, rng)} for a, b in problems]
+    backend = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=96, special_tokens=[EOS], show_progress=False)
+    backend.train_from_iterator((row["prompt"] + row["completion"] for row in rows[:2000]), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, pad_token=EOS)
+    sizes = {"n_positions": 80, "n_embd": 96, "n_layer": 2, "n_head": 4}
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = prepare_model(
+        GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), initializer_range=0.05, **sizes, **ends))
+    )
+    settings = SFTConfig(learning_rate=3e-3, batch_size=64, warmup_steps=30, microbatch_tokens=16384)
+    fine_tune(model, tokenizer, rows, settings)
+    return model, tokenizer
+
+
+def train(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **learner: Any) -> None:
+    rng = random.Random(1)
+    prompts = [question(rng.randint(0, LARGEST), rng.randint(0, LARGEST)) for _ in range(240)]
+    config = PPOConfig(
+        output=str(folder),
+        overwrite=True,
+        iterations=ITERATIONS,
+        checkpoint_every=20,
+        sampling=SamplingConfig(max_new_tokens=40, batch_size=512),
+        collect=CollectConfig(prompts=48, samples_per_prompt=4),
+        kl=KLConfig(beta=0.03),
+        advantage=AdvantageConfig(lam=0.95),
+        learner=LearnerConfig(epochs=4, value_coefficient=0.5, microbatch_size=16384, **learner),
+    )
+    train_ppo(config, Parts(copy.deepcopy(model), tokenizer, prompts, right_sum))
+
+
+def make_runs(root: Path) -> None:
+    """What is not there yet."""
+    torch.set_num_threads(1)
+    rates = {"sums": 3e-4, "sweep/sums-1e-4": 1e-4}
+    if any(not (root / name / "config.yaml").exists() for name in rates):
+        model, tokenizer = make_model()
+        for name, rate in rates.items():
+            train(root / name, model, tokenizer, learning_rate=rate, value_learning_rate=1e-2)
+    if not (root / "cartpole" / "config.yaml").exists():
+        make_control_run(root / "cartpole", "--total-steps", "40000", "--collect.film-every", "2000")
+    if not (root / "sums.labels.db").exists():
+        make_label_set(root)
+
+
+def make_label_set(root: Path) -> None:
+    """Answers of the first iteration beside those of the last, half of them judged by two people."""
+    first, last = (read_episodes(root / "sums", iteration, limit=200) for iteration in (1, ITERATIONS))
+    later = {episode.prompt: episode.response for episode in last}
+    pairs = [NewPair(e.prompt, e.response, later[e.prompt]) for e in first if e.prompt in later][:24]
+    create_labels(root / "sums.labels.db", {"name": "sums"}, pairs)
+    rng = random.Random(2)
+    with LabelSet(root / "sums.labels.db", writable=True) as labels:
+        for name, share in (("Ada", 0.9), ("Grace", 0.75)):
+            while labels.done(name) < len(pairs) // 2:
+                shown = labels.next_pair(name)
+                assert shown is not None
+                scores = right_sum([shown.left, shown.right], [str(shown.prompt)] * 2)
+                better = "tie" if scores[0] == scores[1] else "left" if scores[0] > scores[1] else "right"
+                labels.answer(name, shown.id, better if rng.random() < share else "tie")
+
+
+def interesting(root: Path) -> int:
+    """A wrong answer among right ones, in which the critic sees where it went wrong."""
+    episodes = [e for n in range(15, ITERATIONS, 5) for e in read_episodes(root / "sums", n, limit=200)]
+    groups = Counter((e.iteration, e.prompt) for e in episodes if e.score > 0)
+    wrong = [e for e in episodes if e.score < 0 and e.terminated and groups[e.iteration, e.prompt]]
+    return min(wrong or episodes, key=lambda e: min(e.advantages) - max(e.advantages)).id
+
+
+def shoot(browser: Browser, url: str, root: Path) -> None:
+    id = interesting(root)
+    lowest = read_episodes(root / "sums", limit=100_000)[id - 1].advantages
+    step = lowest.index(min(lowest))
+    pages = {
+        "runs": "/",
+        "run": "/run?run=sums",
+        "compare": "/compare?run=sums&run=sweep/sums-1e-4",
+        "configuration": "/run?run=sums&tab=configuration",
+        "difference": "/run?run=sums&tab=difference&with=sweep/sums-1e-4",
+        "alarms": "/run?run=sums&tab=alarms",
+        "checkpoints": "/run?run=sums&tab=checkpoints",
+        "episodes": "/episodes?run=sums&order=score&descending=0",
+        "same-prompt": f"/episodes?run=sums&same={id}",
+        "episode": f"/episode?run=sums&id={id}&step={step}",
+        "control": "/episode?run=cartpole&id=40&step=12",
+        "labels": "/labels",
+        "label": "/label?set=sums.labels.db",
+    }
+    dark = ("run", "episode")
+    phone = ("runs", "run", "episodes", "episode", "label")
+    for name, path in pages.items():
+        picture(browser, url + path, OUTPUT / f"{name}.png", "light", LAPTOP)
+        if name in dark:
+            picture(browser, url + path, OUTPUT / f"{name}-dark.png", "dark", LAPTOP)
+        if name in phone:
+            picture(browser, url + path, OUTPUT / f"{name}-phone.png", "dark" if name in dark else "light", PHONE)
+
+
+def picture(browser: Browser, url: str, file: Path, theme: Any, size: Any) -> None:
+    context = browser.new_context(viewport=size, color_scheme=theme)
+    context.add_init_script("localStorage.setItem('tether-annotator', 'Ada')")
+    page = context.new_page()
+    page.goto(url)
+    drawn(page)
+    settle(page)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=file)
+    Image.open(file).convert("RGB").save(file, optimize=True)
+    context.close()
+
+
+def settle(page: Page) -> None:
+    page.wait_for_load_state("load")
+    page.wait_for_timeout(700)
+
+
+def main(root: Path) -> None:
+    make_runs(root)
+    slower = root / "sweep" / "sums-1e-4"
+    config = read_config(slower)
+    with Run.open(slower, tensorboard=False) as run, serving(root) as url, chromium() as browser:
+        run.update_config(config | {"iterations": 2 * ITERATIONS})  # one of them is seen while it trains
+        shoot(browser, url, root)
+        run.update_config(config)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/pictures"))
