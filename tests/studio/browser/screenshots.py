@@ -30,7 +30,7 @@ from tether.language.world import CollectConfig
 from tether.pipeline.ppo import Parts, PPOConfig, train_ppo
 from tether.pipeline.sft import SFTConfig, fine_tune
 from tether.ppo import AdvantageConfig, KLConfig, LearnerConfig
-from tether.runs import Run, read_config, read_episodes
+from tether.runs import Run, read_config, read_episode, read_episodes
 from tether.runs.labels import LabelSet, NewPair, create_labels
 
 OUTPUT = Path(__file__).resolve().parents[3] / "docs" / "studio"
@@ -136,8 +136,8 @@ def make_label_set(root: Path) -> None:
 
 
 def interesting(root: Path) -> int:
-    """A wrong answer among right ones, in which the critic sees where it went wrong."""
-    episodes = [e for n in range(15, ITERATIONS, 5) for e in read_episodes(root / "sums", n, limit=200)]
+    """A wrong answer among right ones, in which an unlikely token stands out."""
+    episodes = [e for n in range(3, 12) for e in read_episodes(root / "sums", n, limit=200)]
     groups = Counter((e.iteration, e.prompt) for e in episodes if e.score > 0)
     wrong = [e for e in episodes if e.score < 0 and e.terminated and groups[e.iteration, e.prompt]]
     return min(wrong or episodes, key=lambda e: min(e.advantages) - max(e.advantages)).id
@@ -150,8 +150,8 @@ def filmed(root: Path) -> int:
 
 def shoot(browser: Browser, url: str, root: Path) -> None:
     id = interesting(root)
-    lowest = read_episodes(root / "sums", limit=100_000)[id - 1].advantages
-    step = lowest.index(min(lowest))
+    log_probs = read_episode(root / "sums", id).log_probs
+    step = log_probs.index(min(log_probs))  # where it went wrong
     pages = {
         "runs": "/",
         "run": "/run?run=sums",
