@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import schemathesis
 from fastapi.testclient import TestClient
-from hypothesis import HealthCheck, given, settings, strategies
+from hypothesis import HealthCheck, assume, given, settings, strategies
 from schemathesis import GenerationMode
 from starlette.types import ASGIApp, Receive, Scope, Send
 from tests.studio.folders import URL, client, episode, make_run
@@ -347,13 +347,14 @@ def test_no_request_fails_the_server(fuzzed: Path, path: str, method: str, mode:
     operation = schemathesis.openapi.from_dict(DESCRIPTION)[path][method]
     asking = TestClient(app, base_url=URL, raise_server_exceptions=False)
 
-    @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(generation_mode=mode), data=strategies.data())
     def ask(case: schemathesis.Case, data: strategies.DataObject) -> None:
         query = dict(case.query or {})
         for name, values in VALUES.items():
             if name in query and data.draw(strategies.booleans()):
                 query[name] = data.draw(strategies.sampled_from(values))
+        assume(len(str(query)) < 10_000)  # the client sends no longer ones
         body = case.body if isinstance(case.body, (dict, list, str, int, float, bool, type(None))) else {}
         if isinstance(body, dict) and "set" in body and data.draw(strategies.booleans()):
             body = body | {"set": "x.labels.db", "pair": 1, "answer": "left"}

@@ -73,7 +73,7 @@ class Films:
             label = f"environment `{self.env}`"
             seen, _ = environment.reset(seed=seed)
             for step, (action, state) in enumerate(zip(actions, states, strict=True)):
-                if in_words(seen) != state:
+                if in_words(np.asarray(seen)[None]) != [state]:
                     logger.warning("%s: no film: the same seed and actions led to other observations", label)
                     return None
                 if step % every == 0:

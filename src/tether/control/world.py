@@ -308,8 +308,8 @@ class ControlWorld:
             return None
         actions, probabilities = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         acted = self.policy.to_environment(actions.flatten(0, 1))
-        words = iter([in_words(action) for action in acted] if acted.ndim > 1 else map(str, acted.tolist()))
-        pairs = [[[next(words), p] for p in row] for row in probabilities.tolist()]
+        each = iter(map(list, zip(in_words(acted), probabilities.flatten().tolist(), strict=True)))
+        pairs = [list(step) for step in zip(*[each] * probabilities.shape[1], strict=True)]
         return [pairs[start : start + steps] for start in range(0, len(pairs), steps)]
 
     def _row_wise(self, steps: NDArray[Any]) -> Tensor:
@@ -367,6 +367,7 @@ class ControlWorld:
             numbers["reference_log_probs"] = trajectories.reference_log_probs
         if last_seen is not None:
             numbers |= {"new_log_probs": last_seen.log_probs, "entropies": last_seen.entropy}
+        recorded = {name: tensor[: len(self._open)].numpy(force=True) for name, tensor in numbers.items()}
         finished = []
         for n in range(len(self._open)):
             if self.config.whole_episodes:
@@ -375,9 +376,9 @@ class ControlWorld:
             for end in [*(np.flatnonzero(rollout.ended[:, n]) + 1), len(rollout.mask)]:
                 steps = begin + np.flatnonzero(rollout.mask[begin:end, n])
                 acted = self.policy.to_environment(trajectories.actions[n, steps])
-                parts = {name: tensor[n, steps].tolist() for name, tensor in numbers.items()}
-                parts |= {"states": [in_words(o) for o in rollout.shown[steps, n]], "action_ids": acted.tolist()}
-                parts |= {"actions": [in_words(a) for a in acted], "raw": rollout.rewards[steps, n].tolist()}
+                parts = {name: array[n, steps].tolist() for name, array in recorded.items()}
+                parts |= {"states": in_words(rollout.shown[steps, n]), "action_ids": acted.tolist()}
+                parts |= {"actions": in_words(acted), "raw": rollout.rewards[steps, n].tolist()}
                 if self.films is not None and rollout.seeds is not None:
                     parts["seeds"] = rollout.seeds[steps, n].tolist()
                 if rollout.alternatives is not None:

@@ -56,10 +56,13 @@ def alternatives(
 
 
 def _take_largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The largest of each row and their places, (n, count) each, one after the other; `values` is overwritten."""
-    found = []
+    """The largest of each row and their places, (n, count) each; `values` may be overwritten."""
+    first = values.topk(min(count + 1, values.shape[-1]), dim=-1)
+    if not bool((first.values[:, 1:] == first.values[:, :-1]).any()):
+        return first.values[:, :count], first.indices[:, :count]
+    found = []  # `topk` leaves open which of equal ones it takes
     for _ in range(count):
-        places = values.argmax(dim=-1, keepdim=True)  # the first of equal ones
-        found.append((values.gather(-1, places), places))
+        largest, places = values.max(dim=-1, keepdim=True)  # the first of equal ones
+        found.append((largest, places))
         values.scatter_(-1, places, -torch.inf)
     return torch.cat([value for value, _ in found], dim=-1), torch.cat([place for _, place in found], dim=-1)

@@ -192,7 +192,7 @@ class LanguageWorld:
     def _draw(self, prompts: int, before: list[Draw], clock: _Clock) -> Draw:
         """Scored responses to the next `prompts` prompts; `before` was drawn for the same batch."""
         chosen = [self.prompts[i] for i in self._next_prompts(prompts) for _ in range(self.config.samples_per_prompt)]
-        samples = self.sampler.sample([p.token_ids for p in chosen], alternatives=True)
+        samples = self.sampler.sample([p.token_ids for p in chosen], True)  # with alternatives
         clock.lap("sampling")
         scores = self._score(self.rewards, chosen, samples, before)
         clock.lap("scoring")

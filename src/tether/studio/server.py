@@ -5,6 +5,7 @@ Knows sockets and uvicorn; nothing of what is served.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import secrets
@@ -66,6 +67,9 @@ def serve(config: StudioConfig, path: str = "/") -> None:
                 log_level="warning",
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,
+                lifespan="off",
+                ws="none",
                 timeout_graceful_shutdown=1,  # open pages hold a stream of events that never ends
             )
         )
@@ -77,7 +81,8 @@ def serve(config: StudioConfig, path: str = "/") -> None:
         if config.browser:
             threading.Thread(target=_open_browser, args=(url,), daemon=True).start()
         logging.getLogger("asyncio").setLevel(logging.ERROR)
-        server.run(sockets=[listener])
+        with contextlib.suppress(KeyboardInterrupt):  # which is how it is ended
+            server.run(sockets=[listener])
 
 
 def _listening(host: str, port: int) -> socket.socket:

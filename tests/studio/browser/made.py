@@ -42,10 +42,11 @@ def make_language_run(folder: Path, iterations: int = ITERATIONS, learning_rate:
     train_ppo(config, Parts(make_model(), make_tokenizer(), TEXTS, letters_a))
 
 
-def make_control_run(folder: Path, *options: str) -> None:
-    """CartPole, some thousand steps."""
-    arguments = ["--env", "CartPole-v1", "--total-steps", "3000", "--output", str(folder)]
-    assert main(["control", *arguments, *options]) == 0
+def make_control_run(folder: Path, steps: int = 3000, film_every: int = 600) -> None:
+    """CartPole, with films."""
+    arguments = ["--env", "CartPole-v1", "--output", str(folder), "--environments.vectorization", "sync"]
+    numbers = ["--total-steps", str(steps), "--collect.film-every", str(film_every)]
+    assert main(["control", *arguments, *numbers]) == 0
 
 
 def hostile_episode() -> Episode:

@@ -30,7 +30,7 @@ from tether.language.world import CollectConfig
 from tether.pipeline.ppo import Parts, PPOConfig, train_ppo
 from tether.pipeline.sft import SFTConfig, fine_tune
 from tether.ppo import AdvantageConfig, KLConfig, LearnerConfig
-from tether.runs import Run, read_config, read_episodes
+from tether.runs import Run, read_config, read_episode, read_episodes
 from tether.runs.labels import LabelSet, NewPair, create_labels
 
 OUTPUT = Path(__file__).resolve().parents[3] / "docs" / "studio"
@@ -107,13 +107,13 @@ def train(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFa
 def make_runs(root: Path) -> None:
     """What is not there yet."""
     torch.set_num_threads(1)
-    rates = {"sums": 3e-4, "sweep/sums-1e-4": 1e-4}
+    rates = {"sums": 1e-4, "sweep/sums-3e-4": 3e-4}
     if any(not (root / name / "config.yaml").exists() for name in rates):
         model, tokenizer = make_model()
         for name, rate in rates.items():
             train(root / name, model, tokenizer, learning_rate=rate, value_learning_rate=1e-2)
     if not (root / "cartpole" / "config.yaml").exists():
-        make_control_run(root / "cartpole", "--total-steps", "40000", "--collect.film-every", "2000")
+        make_control_run(root / "cartpole", steps=40_000, film_every=2000)
     if not (root / "sums.labels.db").exists():
         make_label_set(root)
 
@@ -136,29 +136,34 @@ def make_label_set(root: Path) -> None:
 
 
 def interesting(root: Path) -> int:
-    """A wrong answer among right ones, in which the critic sees where it went wrong."""
-    episodes = [e for n in range(15, ITERATIONS, 5) for e in read_episodes(root / "sums", n, limit=200)]
+    """A wrong answer among right ones, in which an unlikely token stands out."""
+    episodes = [e for n in range(3, 12) for e in read_episodes(root / "sums", n, limit=200)]
     groups = Counter((e.iteration, e.prompt) for e in episodes if e.score > 0)
     wrong = [e for e in episodes if e.score < 0 and e.terminated and groups[e.iteration, e.prompt]]
     return min(wrong or episodes, key=lambda e: min(e.advantages) - max(e.advantages)).id
 
 
+def filmed(root: Path) -> int:
+    """The last episode of the simulator that has a film."""
+    return [episode.id for episode in read_episodes(root / "cartpole", limit=100_000) if episode.frames][-1]
+
+
 def shoot(browser: Browser, url: str, root: Path) -> None:
     id = interesting(root)
-    lowest = read_episodes(root / "sums", limit=100_000)[id - 1].advantages
-    step = lowest.index(min(lowest))
+    log_probs = read_episode(root / "sums", id).log_probs
+    step = log_probs.index(min(log_probs))  # where it went wrong
     pages = {
         "runs": "/",
         "run": "/run?run=sums",
-        "compare": "/compare?run=sums&run=sweep/sums-1e-4",
+        "compare": "/compare?run=sums&run=sweep/sums-3e-4",
         "configuration": "/run?run=sums&tab=configuration",
-        "difference": "/run?run=sums&tab=difference&with=sweep/sums-1e-4",
+        "difference": "/run?run=sums&tab=difference&with=sweep/sums-3e-4",
         "alarms": "/run?run=sums&tab=alarms",
         "checkpoints": "/run?run=sums&tab=checkpoints",
         "episodes": "/episodes?run=sums&order=score&descending=0",
         "same-prompt": f"/episodes?run=sums&same={id}",
         "episode": f"/episode?run=sums&id={id}&step={step}",
-        "control": "/episode?run=cartpole&id=40&step=12",
+        "control": f"/episode?run=cartpole&id={filmed(root)}&step=12",
         "labels": "/labels",
         "label": "/label?set=sums.labels.db",
     }
@@ -192,9 +197,9 @@ def settle(page: Page) -> None:
 
 def main(root: Path) -> None:
     make_runs(root)
-    slower = root / "sweep" / "sums-1e-4"
-    config = read_config(slower)
-    with Run.open(slower, tensorboard=False) as run, serving(root) as url, chromium() as browser:
+    other = root / "sweep" / "sums-3e-4"
+    config = read_config(other)
+    with Run.open(other, tensorboard=False) as run, serving(root) as url, chromium() as browser:
         run.update_config(config | {"iterations": 2 * ITERATIONS})  # one of them is seen while it trains
         shoot(browser, url, root)
         run.update_config(config)

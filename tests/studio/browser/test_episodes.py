@@ -207,3 +207,23 @@ def test_an_episode_of_a_simulator_is_read_on_the_same_page(studio: Studio) -> N
     assert episode.states is not None
     expect(page.locator(".state-of-step")).to_contain_text(episode.states[2])
     assert number(page, "value") == pytest.approx(episode.values[2], rel=0.01, abs=1e-3)
+
+
+def test_a_film_shows_the_frame_of_each_step(studio: Studio) -> None:
+    filmed = [e for e in read_episodes(studio.root / "cartpole", limit=1000) if e.frames]
+    page = studio.open(f"/episode?run=cartpole&id={filmed[0].id}")
+    picture = "canvas => canvas.toDataURL()"
+    film = page.locator("canvas.film")
+    expect(film).to_have_attribute("data-frame", "0")
+    page.wait_for_function(
+        "document.querySelector('canvas.film').getContext('2d').getImageData(9, 9, 1, 1).data[3] > 0"
+    )
+    first = film.evaluate(picture)
+    page.keyboard.press("End")
+    last = filmed[0].length - 1
+    expect(film).to_have_attribute("data-frame", str(last // filmed[0].details["film"]["every"]))
+    assert film.evaluate(picture) != first
+    page.keyboard.press("Home")
+    page.get_by_role("button", name="Play").click()
+    expect(page.locator(".step-title")).to_contain_text(f"step {last}")
+    expect(page.get_by_role("button", name="Play")).to_be_visible()

@@ -27,6 +27,7 @@ PAGES = [
     "/episode?run=cartpole&id=3",
     "/labels",
     "/label?set=pairs.labels.db",
+    "/label?set=pairs.labels.db&rename=1",
 ]
 
 
@@ -173,6 +174,7 @@ def test_the_theme_follows_the_system_and_is_kept_when_switched(look: Callable[.
 def test_no_page_is_wider_than_a_phone(look: Callable[..., Studio]) -> None:
     studio = look(size=PHONE)
     page = studio.open("/")
+    page.evaluate("localStorage.setItem('tether-annotator', 'Ada')")
     for path in [*PAGES, "/episode?run=evil <b onmouseover=alert(1)>&id=1"]:
         visit(page, path)
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], path

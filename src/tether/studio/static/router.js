@@ -60,6 +60,7 @@ async function open() {
 }
 
 function showError(main, error) {
+  if (error.status === undefined) console.error(error); // not the server's word, but a fault of the page
   const box = document.createElement("div");
   box.className = "notice bad";
   box.setAttribute("role", "alert");

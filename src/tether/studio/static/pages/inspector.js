@@ -5,17 +5,19 @@ import { fixed, percent, signed } from "../format.js";
 import { tokenNodes, visible } from "../text.js";
 import { Film } from "./film.js";
 
+const credit = (value) => (Math.abs(value) < 5e-4 ? "0.000" : signed(value));
+
 const ROWS = [
   ["log_prob", "log π old", "when it was drawn", fixed],
   ["new_log_prob", "log π new", "when the update last saw it", fixed],
   ["reference_log_prob", "log π reference", "", fixed],
   ["ratio", "ratio", "π new ÷ π old", fixed],
-  ["kl", "KL", "log π old − log π reference", signed],
+  ["kl", "KL", "log π old − log π reference", credit],
   ["entropy", "entropy", "nats", fixed],
-  ["value", "value", "V(s) before it", signed],
-  ["reward", "reward", "penalties included", signed],
-  ["return", "return", "what the critic learns", signed],
-  ["advantage", "advantage", "", signed],
+  ["value", "value", "V(s) before it", credit],
+  ["reward", "reward", "penalties included", credit],
+  ["return", "return", "what the critic learns", credit],
+  ["advantage", "advantage", "", credit],
 ];
 
 export class Inspector {
