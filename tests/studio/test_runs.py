@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +231,8 @@ def test_a_page_hears_of_what_changes_and_of_nothing_else(tmp_path: Path, monkey
         for listener in listeners:
             listener.cancel()
 
-    asyncio.run(together())
+    with ThreadPoolExecutor(1) as thread:  # the browser's tests have a loop of their own in this one
+        thread.submit(asyncio.run, together()).result()
     said = [line for line in heard["run"] if line.startswith("event: runs\n")]
     data = [json.loads(line.split("data: ")[1]) for line in said]
     assert data[0] == {"run": "run", "iteration": 4, "state": "training"}

@@ -49,8 +49,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         x = x.contiguous()
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        scale = x.square().mean(dim=-1, keepdim=True).add_(epsilon).rsqrt_()  # to the bit what transformers computes
         ctx.save_for_backward(x, weight, scale)
         return torch.mul(x, scale).mul_(weight)
 

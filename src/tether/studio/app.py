@@ -9,26 +9,16 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, Response
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from . import episode_routes, export_routes, label_routes, run_routes
-from .replies import NotFoundError, add_handlers
+from .replies import add_handlers
 from .runs import Catalogue
 from .security import Address, Guard
 
 STATIC = Path(__file__).parent / "static"
 PAGES = ("/", "/run", "/compare", "/episodes", "/episode", "/labels", "/label")
-TYPES = {
-    ".html": "text/html",
-    ".css": "text/css",
-    ".js": "text/javascript",
-    ".mjs": "text/javascript",
-    ".svg": "image/svg+xml",
-    ".png": "image/png",
-    ".ico": "image/x-icon",
-    ".json": "application/json",
-    ".woff2": "font/woff2",
-}
 
 
 def create_app(root: str | Path, address: Address | None = None, token: str | None = None) -> ASGIApp:
@@ -51,18 +41,9 @@ def open_app(root: str | Path) -> FastAPI:
         app.include_router(routes.router)
     for page in PAGES:
         app.add_api_route(page, _index, include_in_schema=False)
-    app.add_api_route("/static/{name:path}", _static, include_in_schema=False)
+    app.mount("/static", StaticFiles(directory=STATIC))
     return app
 
 
 def _index() -> Response:
-    return _static("index.html")
-
-
-def _static(name: str) -> Response:
-    """A file of the front end: one of those that are there, so that no name can lead elsewhere."""
-    files = {file.relative_to(STATIC).as_posix(): file for file in STATIC.rglob("*") if file.is_file()}
-    file = files.get(name)
-    if file is None:
-        raise NotFoundError(f"/static/{name[:200]}: no such file of the page")
-    return FileResponse(file, media_type=TYPES.get(file.suffix, "text/plain"))
+    return FileResponse(STATIC / "index.html")

@@ -13,7 +13,7 @@ export function number(value, digits = 3) {
   else if (size >= 1e6 || size < 1e-4) text = value.toExponential(digits - 1).replace("e+", "e");
   else if (size >= 10 ** (digits - 1) || (size >= 10 && Number.isInteger(value))) text = Math.round(value).toLocaleString("en");
   else text = value.toFixed(Math.min(4, Math.max(0, digits - 1 - Math.floor(Math.log10(size)))));
-  return text.replace(/^-(?=[0.]*$)/, "").replace("-", MINUS);
+  return text.replace(/^-(?=[0.]*$)/, "").replaceAll("-", MINUS);
 }
 
 /** The numbers of an axis, all with the decimals that its step needs. */
