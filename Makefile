@@ -20,8 +20,8 @@ unexport VIRTUAL_ENV CONDA_PREFIX
 export UV_PROJECT_ENVIRONMENT := .venv
 
 RUN := $(UV) run --no-sync
-# Models in tests are tiny: one thread each is fastest, and leaves the other cores alone.
-PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) pytest
+# Models in tests are tiny: one thread each is fastest, and the cores share the files of tests.
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) pytest -n auto --maxprocesses 8 --dist loadfile
 
 # What `make bench` runs, each benchmarks/NAME.py, and where it leaves NAME.json and NAME.png.
 BENCHES ?= vs_trl decoding scaling roofline control
