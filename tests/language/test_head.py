@@ -39,11 +39,13 @@ def outcome(layer: nn.Linear, found: tuple[Tensor, Tensor], hidden: Tensor, weig
 @pytest.mark.parametrize("weigh", [(1.0, 0.0), (0.0, 1.0), (1.0, 0.3)], ids=["log-probs", "entropy", "both"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("kept", [0, TOKENS * 250, 10**9], ids=["none kept", "some kept", "all kept"])
 @pytest.mark.parametrize("tile", [1, TOKENS * 100, 10**9])
 def test_tiles_give_what_whole_logits_give(
-    tile: int, scale: float, bias: bool, weigh: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+    tile: int, kept: int, scale: float, bias: bool, weigh: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(head_module, "TILE", tile)
+    monkeypatch.setattr(head_module, "KEPT", kept)
     layer, hidden = make_layer(bias), torch.randn(TOKENS, WIDTH).requires_grad_()
     actions = torch.randint(0, VOCABULARY, (TOKENS,))
     actions[:2] = torch.tensor([0, VOCABULARY - 1])
@@ -52,6 +54,29 @@ def test_tiles_give_what_whole_logits_give(
     assert len(found) == len(expected) == (5 if bias else 4)
     for ours, theirs in zip(found, expected, strict=True):
         assert relative_error(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("kept", [0, 3, 4])
+def test_as_many_tiles_are_kept_as_the_budget_holds_and_the_others_are_computed_again(
+    kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tile = TOKENS * 64
+    monkeypatch.setattr(head_module, "TILE", tile)
+    monkeypatch.setattr(head_module, "KEPT", kept * tile)
+    computed = []
+    logits = head_module._logits
+
+    def counted(*arguments: Any) -> Tensor:
+        computed.append(arguments[3])
+        return logits(*arguments)
+
+    monkeypatch.setattr(head_module, "_logits", counted)
+    layer, actions = make_layer(False), torch.arange(TOKENS)
+    found = Head(layer, 1.0).log_probs(torch.randn(TOKENS, WIDTH), actions, 1.0)
+    tiles = list(computed)
+    found[0].sum().backward()
+    assert computed[len(tiles) :] == tiles[kept:]
+    assert len(tiles) > 4
 
 
 def test_gradients_of_one_output_alone() -> None:

@@ -1,10 +1,10 @@
 """Log-probabilities of chosen tokens from hidden states, without ever holding the logits of the whole vocabulary.
 
-The output layer is walked tile by tile over the vocabulary, and once more, with the logits computed again, for the
-gradients: memory does not grow with tokens × vocabulary. `action_log_probs`, which takes whole logits, is the
-definition that the tests hold this to. Logits are float32 whatever the precision of the trunk: rounded to bfloat16
-they make the probabilities of drawing and of training differ (MiniMax-M1, arXiv:2506.13585, section 3.2). The products
-for the gradients are in the precision of all others.
+The output layer is walked tile by tile over the vocabulary, and once more for the gradients; of the tiles so many are
+kept as a fixed budget holds, and the logits of all others are computed again: memory does not grow with tokens ×
+vocabulary. `action_log_probs`, which takes whole logits, is the definition that the tests hold this to. Logits are
+float32 whatever the precision of the trunk: rounded to bfloat16 they make the probabilities of drawing and of training
+differ (MiniMax-M1, arXiv:2506.13585, section 3.2). The products for the gradients are in the precision of all others.
 
 n = tokens, H = hidden size, V = vocabulary.
 """
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from tether.language.products import GradientOf, full_product, low_precision, product
 
 TILE = 2**20  # logits of one tile: few enough for the caches, enough for fast products
+KEPT = 2**24  # logits that are kept for the gradients, at most, 64 MiB: computing them again is a quarter of the work
 PROBE = 100.0  # size of the logits at which a head is tried; caps on logits are at 15 to 50
 
 
@@ -81,7 +82,12 @@ class Head:
             weight = weight.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
             result: tuple[Tensor, Tensor] = _LogProbs.apply(
-                hidden, weight, self.layer.bias, actions, self.scale / temperature
+                hidden,
+                weight,
+                self.layer.bias,
+                actions,
+                self.scale / temperature,
+                KEPT if torch.is_grad_enabled() else 0,
             )
         return result
 
@@ -95,10 +101,11 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, scale: float
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, scale: float, budget: int
     ) -> tuple[Tensor, Tensor]:
         maximum = torch.full((len(hidden),), -torch.inf, device=hidden.device)
         total, weighted, chosen = (torch.zeros(len(hidden), device=hidden.device) for _ in range(3))
+        ctx.kept = []  # logits − m of the first tiles, and m as it then was
         for tile in _tiles(hidden, weight):
             logits = _logits(hidden, weight, bias, tile, scale)
             rows, columns = _inside(actions, tile)
@@ -107,6 +114,8 @@ class _LogProbs(torch.autograd.Function):
             fall = torch.where(total > 0, maximum - higher, 0.0)  # −inf − −inf before the first tile
             factor = fall.exp()
             logits -= higher[:, None]
+            if (budget := budget - logits.numel()) >= 0:
+                ctx.kept.append((logits, higher))
             weights = logits.exp()
             weighted = factor * (weighted + total * fall) + torch.linalg.vecdot(weights, logits)
             total = factor * total + weights.sum(dim=1)
@@ -128,8 +137,12 @@ class _LogProbs(torch.autograd.Function):
         for_weight = GradientOf(weight) if needs_weight else None
         for_bias = torch.empty_like(bias) if needs_bias else None
         factor = hidden.to(ctx.factor)
-        for tile in _tiles(hidden, weight):
-            log_probs = _logits(hidden, weight, bias, tile, ctx.scale).sub_(log_total[:, None])
+        for number, tile in enumerate(_tiles(hidden, weight)):
+            if number < len(ctx.kept):
+                logits, reached = ctx.kept[number]
+                log_probs = logits + (reached - log_total)[:, None]
+            else:
+                log_probs = _logits(hidden, weight, bias, tile, ctx.scale).sub_(log_total[:, None])
             gradient = log_probs.exp()
             if of_entropy is None:
                 assert of_log_probs is not None
@@ -152,6 +165,7 @@ class _LogProbs(torch.autograd.Function):
             None if for_hidden is None else for_hidden.to(hidden.dtype),
             None if for_weight is None else for_weight.rest(),
             for_bias,
+            None,
             None,
             None,
         )
