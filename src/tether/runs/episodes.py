@@ -274,7 +274,7 @@ def hash_prompt(prompt: str) -> str:
 def _row(iteration: int, position: int, episode: Episode) -> tuple[Any, ...]:
     group = episode.details.get("group")
     return (
-        *(iteration, position, _storable(episode.prompt), _storable(episode.response), episode.score),
+        *(iteration, position, storable(episode.prompt), storable(episode.response), episode.score),
         *(sum(episode.rewards), len(episode.log_probs), _kl(episode), episode.terminated, episode.truncated),
         *(hash_prompt(episode.prompt), group if isinstance(group, int) else None, episode.frames),
         _to_json(episode.details),
@@ -311,7 +311,7 @@ def _stored(row: Any) -> StoredEpisode:
     return StoredEpisode(**values)
 
 
-def _storable(text: str) -> str:
+def storable(text: str) -> str:
     """`text`, halves of surrogate pairs written out as escapes: UTF-8 has no code for them."""
     if not isinstance(text, str) or text.isascii():
         return text
@@ -319,7 +319,7 @@ def _storable(text: str) -> str:
 
 
 def _to_json(value: Any) -> str | None:
-    return None if value is None else _storable(json.dumps(value, ensure_ascii=False))
+    return None if value is None else storable(json.dumps(value, ensure_ascii=False))
 
 
 def _pack(numbers: list[float] | None) -> bytes | None:

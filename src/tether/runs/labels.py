@@ -33,6 +33,8 @@ from typing import Any, Literal
 
 from tether.errors import UserError, reason
 
+from .episodes import storable
+
 LABELS_SUFFIX = ".labels.db"
 LAYOUT = 1
 ANSWERS = ("a", "b", "tie", "both_bad", "skip")
@@ -107,7 +109,7 @@ def create_labels(file: Path, about: Mapping[str, Any], pairs: Sequence[NewPair]
     """
     partial = file.with_name(f".{file.name}.partial")
     values = {**about, "secret": secrets.token_hex(16), "created": time.time()}
-    rows = [(_json(pair.prompt), _storable(pair.a), _storable(pair.b), pair.disagreement) for pair in pairs]
+    rows = [(_json(pair.prompt), storable(pair.a), storable(pair.b), pair.disagreement) for pair in pairs]
     with _named(file):
         partial.unlink(missing_ok=True)
         with contextlib.closing(sqlite3.connect(partial, isolation_level=None)) as connection:
@@ -288,8 +290,3 @@ def _named(file: Path) -> Iterator[None]:
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=True, default=str)
-
-
-def _storable(text: str) -> str:
-    """`text`, half surrogate pairs written out: UTF-8 has no code for them."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
