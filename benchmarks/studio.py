@@ -154,9 +154,12 @@ def studio(runs: Path) -> Iterator[http.client.HTTPConnection]:
 
 def ask(connection: http.client.HTTPConnection, path: str) -> dict[str, Any]:
     """The answer to a GET as JSON; FailedError where it is an error."""
-    connection.request("GET", path)
-    response = connection.getresponse()
-    body = response.read()
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        body = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise FailedError(f"{path}: no answer: {error!r}") from error
     if response.status != 200:
         raise FailedError(f"{path}: {response.status} {body[:200]!r}")
     return json.loads(body)
@@ -178,6 +181,7 @@ def measure_store(folder: Path) -> list[dict[str, Any]]:
     rows = []
 
     def add(name: str, path: str, query: dict[str, Any], direct: Callable[[], Any]) -> None:
+        connection.close()  # the server does so after a few idle seconds; the call that is not counted opens another
         path = f"{path}?{urlencode({'run': RUN} | query)}"
         http_ms = timed(lambda: ask(connection, path))
         rows.append({"request": name, "http_ms": http_ms, "direct_ms": timed(direct)})
@@ -192,6 +196,7 @@ def measure_store(folder: Path) -> list[dict[str, Any]]:
         pick = random.Random(0).choice
         add("one episode, always the same", "/api/episode", {"id": ids[0]}, lambda: read_episode(folder, ids[0]))
         add("same prompt", "/api/same-prompt", {"id": ids[0]}, lambda: same_prompt(folder, ids[0]))
+        connection.close()
         path = f"/api/episode?run={RUN}&id="
         others = timed(lambda: ask(connection, f"{path}{pick(ids)}"))
         direct = timed(lambda: read_episode(folder, pick(ids)))

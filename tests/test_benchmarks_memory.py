@@ -190,9 +190,9 @@ def test_phases_are_measured_on_the_gpu(script: Any, gpu: SimpleNamespace) -> No
     world, learner = workloads.make_ppo(scaling.QUICK)
     draw = world.sampler.sample
 
-    def hungry(prompts: Any, alternatives: bool) -> Any:
+    def hungry(*arguments: Any) -> Any:
         gpu.peak = 9 * 2**20
-        return draw(prompts, alternatives)
+        return draw(*arguments)
 
     world.sampler.sample = hungry
     meter = workloads.PhaseMeter(world, learner, "cuda")

@@ -293,8 +293,8 @@ def change_samples(change: Callable[[Any], dict[str, Any]]) -> Mutation:
     def mutate(patch: pytest.MonkeyPatch, roads: Roads) -> None:
         sample = roads.language.sampler.sample
 
-        def changed(prompt_ids: Any, alternatives: bool) -> Any:
-            samples = sample(prompt_ids, alternatives)
+        def changed(*arguments: Any) -> Any:
+            samples = sample(*arguments)
             return replace(samples, **change(samples))
 
         patch.setattr(roads.language.sampler, "sample", changed)
