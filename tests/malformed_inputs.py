@@ -7,8 +7,10 @@ until the case spoils one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import sqlite3
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,6 +105,13 @@ class Case:
 
 def jsonl(*rows: object) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def older_episodes() -> None:
+    file = Path("run/episodes.db")
+    file.unlink()
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        connection.execute("CREATE TABLE episodes (id INTEGER PRIMARY KEY)")
 
 
 def make_folders(folder: Path) -> None:
@@ -632,6 +641,10 @@ ENVIRONMENTS = [
     world("the reward is a list", "float(action)", "[float(action)]", "the reward is a list", "float(reward)"),
     Case("none stepped together", f"{CONTROL} --environments.count 0", ("environments: count is 0", "at least 1")),
     Case("no steps", f"{CONTROL} --collect.steps 0", ("collect: steps is 0", "at least 1")),
+    Case("films of what cannot be rendered", f"{CONTROL} --collect.film-every 9",
+         ("world.py:make_env", "`render_mode`")),
+    Case("films of episodes that have no seed", f"{CONTROL.replace('world.py:make_env', 'CartPole-v1')} "
+         "--collect.film-every 9", ("collect.film_every", "`CartPole-v1`", "vectorization to sync")),
     Case("more minibatches than steps", f"{CONTROL} --learner.minibatches 99", ("minibatches is 99", "only 32 steps")),
     Case("an estimator that needs groups", f"{CONTROL} --advantage.estimator grpo", ("grpo", "expected gae")),
     Case("a layer without units", f"{CONTROL} --network.hidden 0", ("network: hidden", "at least 1")),
@@ -702,6 +715,8 @@ RUNS = [
          prepare=damage_all),
     Case("episodes.db is damaged", f"{RESUME} --iterations 3", ("run/episodes.db", "not a database"),
          {"run/episodes.db": "not a database, but text"}),
+    Case("episodes.db is of an older version", f"{RESUME} --iterations 3",
+         ("run/episodes.db", "layout 0", "expected 1"), prepare=older_episodes),
 ]  # fmt: skip
 
 DETAILS = [

@@ -126,10 +126,10 @@ class EpisodeStore:
         with _named(self.file):
             self._connection = sqlite3.connect(self.file, isolation_level=None)
             try:
+                if self._connection.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0]:
+                    _check_layout(self._connection, self.file)  # before anything is written
                 self._connection.execute("PRAGMA journal_mode = WAL")
                 self._connection.execute("PRAGMA synchronous = NORMAL")
-                if self._connection.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0]:
-                    _check_layout(self._connection, self.file)
                 self._connection.executescript(_SCHEMA)
             except BaseException:
                 self._connection.close()
