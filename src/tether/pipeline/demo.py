@@ -297,7 +297,7 @@ def _what_next(console: Console, config: DemoConfig, trained: Trained[LanguageWo
     console.print(
         f"   tether generate --model {trained.policy} --prompt 'What is 12 + 7?' --samples 4 "
         "--sampling.max-new-tokens 4\n"
-        f"   tether studio {config.output}          every token on a web page, with what the policy could have said instead\n"
+        f"   tether studio {config.output}          every token on a web page\n"
         "   tether prove                      PPO where the optimum is known: how near does it come?\n"
         "   tether ppo --model YOUR_MODEL --prompts.path prompts.jsonl --reward.functions rewards.py:score\n",
         soft_wrap=True,  # a command that is broken in two cannot be pasted
