@@ -147,10 +147,10 @@ class Sampler:
         decoder = self._decoder(prompt_ids)
         active = torch.zeros(0, dtype=torch.long)  # the response that each row of the decoder belongs to
         begun = 0
-        while begun < len(prompt_ids) or len(active):
-            room = min(decoder.room, len(prompt_ids) - begun)
+        while decoder.waiting or len(active):
+            room = min(decoder.room, len(decoder.waiting))
             # a few prompts at a time are read almost as fast as one
-            if room and (room >= decoder.capacity // AT_ONCE or room == len(prompt_ids) - begun or not len(active)):
+            if room and (room >= decoder.capacity // AT_ONCE or room == len(decoder.waiting) or not len(active)):
                 fresh = torch.arange(begun, begun + room)
                 begun += room
                 logits, values = decoder.admit(room)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from fastapi import Depends, Query, Request
 
-from tether.runs.episode_queries import EpisodeFilter
+from tether.runs.episode_queries import EpisodeFilter, EpisodeOrder
 from tether.runs.episodes import EPISODES_FILE
 
 from .places import run_folder
@@ -24,7 +24,6 @@ RunName = Annotated[str, Query(max_length=1000, description="path of the run wit
 Id = Annotated[int, Query(ge=1, le=MOST)]
 Count = Annotated[int | None, Query(ge=-MOST, le=MOST)]
 Number = Annotated[float | None, Query(allow_inf_nan=False)]
-OrderBy = Literal["id", "iteration", "score", "reward", "kl", "length"]
 
 
 def catalogue_of(request: Request) -> Catalogue:
@@ -49,7 +48,7 @@ class Wanted:
     """Which episodes, and in which order."""
 
     filter: EpisodeFilter
-    order: OrderBy
+    order: EpisodeOrder
     descending: bool
 
 
@@ -65,7 +64,7 @@ def wanted(
     ended: Literal["terminated", "truncated", ""] | None = None,
     text: Annotated[str | None, Query(max_length=1000)] = None,
     prompt: Annotated[str | None, Query(max_length=100, description="hash of a prompt")] = None,
-    order: OrderBy = "id",
+    order: EpisodeOrder = "id",
     descending: bool = False,
 ) -> Wanted:
     """The filters of the list of episodes."""
