@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import random
@@ -160,7 +161,7 @@ def label_until_killed(studio: Studio, generator: random.Random, start: int) -> 
         try:
             if studio.ask("/api/labels/answer", said)["ok"]:
                 kept[pair] = answer
-        except (OSError, ValueError):  # it is gone; half an answer is none
+        except (OSError, http.client.HTTPException, ValueError):  # it is gone; half an answer is none
             break
     studio.process.join(20)
     return kept
