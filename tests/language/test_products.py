@@ -36,6 +36,7 @@ MAKE: dict[str, Callable[[], nn.Module]] = {
 def _however_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "SMALLEST", 0)
     monkeypatch.setattr(products, "SMALLEST_PACKED", 0)
+    monkeypatch.setattr(products, "NARROW", 0)
 
 
 @pytest.fixture
@@ -187,6 +188,17 @@ def test_small_products_are_left_to_torch(calls: list[torch.dtype], monkeypatch:
     assert calls == []
     fast(torch.randn(5, 96))
     assert calls == [torch.float32]
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_gradients_of_narrow_weights_are_left_to_torch(
+    kind: str, calls: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "NARROW", 97)
+    plain, fast = twins(kind)
+    inputs, weights = torch.randn(3, 5, 96), torch.randn(3, 5, 160)
+    assert relative_error(gradients(fast, inputs, weights), gradients(plain, inputs, weights)) < 1e-5
+    assert len(calls) == 2  # forward, and the gradient of the inputs
 
 
 def test_without_onednn_torch_multiplies(calls: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 SMALLEST = 2**20  # n·K·M below which calling oneDNN costs more than it saves
+NARROW = 192  # factors shared by a transposed input: below, oneDNN spends more on laying it out than it saves
 PACKED_FOR = 8  # rows, at least: a layout for fewer is slow for all others
 SMALLEST_PACKED = 2**14  # weights below which packing them saves nothing
 
@@ -249,7 +250,9 @@ class GradientOf:
 
 def product(inputs: Tensor, weight: Tensor) -> Tensor:
     """Inputs (n, K) · weightᵀ (K, M), without gradients, by the faster library; both strided as they like."""
-    return _by_onednn(inputs, weight) if _suits_onednn(inputs) else inputs @ weight.T
+    if not _suits_onednn(inputs) or (len(weight) < NARROW and not inputs.is_contiguous()):
+        return inputs @ weight.T
+    return _by_onednn(inputs, weight)
 
 
 def full_product(inputs: Tensor, weight: Tensor) -> Tensor:
