@@ -1,7 +1,11 @@
-"""Makes the builders beside the tests importable as `tests.models` and `tests.toy`; keeps torch on one thread."""
+"""Makes the builders beside the tests importable as `tests.models` and `tests.toy`; keeps torch on one thread.
+
+What was imported is left alone by Python's garbage collector, which would go through it at the beginning of every loop.
+"""
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -9,3 +13,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 
 from tests.models import CountingRewards, make_world
 from tether import memory
-from tether.memory import PeakMemory, keep_freed_memory, process_peak
+from tether.memory import PeakMemory, keep_freed_memory, old_objects_left_alone, process_peak
 from tether.ppo import Learner, LearnerConfig
 from tether.train import iterate
 
@@ -41,6 +42,51 @@ def test_freed_memory_is_kept_until_the_phase_ends() -> None:
     phase.lap()
     assert kept - _resident() > HELD - CLOSE  # and what else was free
     assert keep_freed_memory(False)
+
+
+@pytest.fixture
+def _nothing_frozen() -> Iterator[None]:
+    gc.unfreeze()  # what the tests have frozen
+    yield
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("_nothing_frozen")
+def test_the_collector_leaves_alone_what_was_there_before_and_takes_what_comes_after() -> None:
+    class Ring:
+        def __init__(self) -> None:
+            self.itself = self
+
+    rings = [Ring() for _ in range(2)]
+    garbage, before = (weakref.ref(ring) for ring in rings)
+    del rings[0]
+    with old_objects_left_alone():
+        assert garbage() is None
+        rings[:] = [Ring()]
+        after = weakref.ref(rings.pop())
+        gc.collect()
+        assert before() is not None
+        assert after() is None
+        with old_objects_left_alone():
+            pass
+        gc.collect()
+        assert before() is not None  # the outer one still holds
+    gc.collect()
+    assert before() is None
+
+
+@pytest.mark.usefixtures("_nothing_frozen")
+def test_a_loop_leaves_nothing_behind_to_the_collector_where_it_is_left_early_or_fails() -> None:
+    world = make_world()
+    learner = Learner(world.policy, LearnerConfig(minibatches=1), iterations=3)
+    for _ in iterate(world, learner):
+        assert gc.get_freeze_count() > 0
+        break
+    assert gc.get_freeze_count() == 0
+    world.rewards = None  # type: ignore[assignment]
+    with pytest.raises(TypeError):
+        next(iterate(world, learner))
 
 
 def _resident() -> float:

@@ -1,13 +1,17 @@
-"""The most memory that was held at once in a phase: of a GPU by torch's tensors, on a CPU by the whole process.
+"""Memory: the most that was held at once in a phase, what is freed, and what Python's collector looks through.
 
-The system keeps one such figure, and whoever measures begins it anew; so every measurement goes through here, that of
-the whole process as well. Where the system cannot be asked there is no figure: resident memory is known on Linux alone.
+Held is what torch's tensors hold of a GPU, on a CPU what the whole process does. The system keeps one such figure, and
+whoever measures begins it anew; so every measurement goes through here, that of the whole process as well. Where the
+system cannot be asked there is no figure: resident memory is known on Linux alone.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -118,6 +122,25 @@ def keep_freed_memory(keep: bool = True) -> bool:
     _keeps = bool(set_option(-4, mapped_blocks)) and bool(set_option(-1, trim_threshold)) and keep  # M_MMAP_MAX, M_TRIM
     _give_back()
     return _keeps == keep
+
+
+@contextmanager
+def old_objects_left_alone() -> Iterator[None]:
+    """Within this context Python's garbage collector does not look through the objects that there were before it.
+
+    A run makes many short-lived objects, and from time to time the collector goes through all others, too: hundreds of
+    thousands of imported ones, a tenth of a second, 6 % of training CartPole. Within another such context, or where
+    objects are frozen already, nothing changes.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class _Mallinfo2(ctypes.Structure):

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from tether.episode import Episode
-from tether.memory import PeakMemory
+from tether.memory import PeakMemory, old_objects_left_alone
 from tether.ppo import ActorCritic, Evaluation, Learner, Trajectories
 
 
@@ -64,17 +64,18 @@ class Iteration:
 
 def iterate(world: World, learner: Learner) -> Iterator[Iteration]:
     """PPO, one iteration at a time, from where the learner stands to the end of its run."""
-    while learner.iteration < learner.iterations:
-        started = time.perf_counter()
-        trajectories = world.collect()
-        advantages, returns = learner.credit(trajectories)
-        memory, learning = PeakMemory(trajectories.mask.device), time.perf_counter()
-        metrics = world.metrics(trajectories) | learner.update(trajectories, advantages, returns)
-        ended = time.perf_counter()
-        metrics |= {"time/learning": ended - learning, "time/iteration": ended - started}
-        if (peak := memory.lap()) is not None:
-            metrics["memory/learning"] = peak
-        yield Iteration(learner.iteration, trajectories, advantages, returns, metrics, learner.last_seen)
+    with old_objects_left_alone():
+        while learner.iteration < learner.iterations:
+            started = time.perf_counter()
+            trajectories = world.collect()
+            advantages, returns = learner.credit(trajectories)
+            memory, learning = PeakMemory(trajectories.mask.device), time.perf_counter()
+            metrics = world.metrics(trajectories) | learner.update(trajectories, advantages, returns)
+            ended = time.perf_counter()
+            metrics |= {"time/learning": ended - learning, "time/iteration": ended - started}
+            if (peak := memory.lap()) is not None:
+                metrics["memory/learning"] = peak
+            yield Iteration(learner.iteration, trajectories, advantages, returns, metrics, learner.last_seen)
 
 
 __all__ = ["ActorCritic", "Iteration", "World", "iterate"]
