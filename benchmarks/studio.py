@@ -94,7 +94,7 @@ def random_episode(tokens: int, words: list[str], source: random.Random) -> Epis
         reference_log_probs=numbers(),
         new_log_probs=numbers(),
         entropies=numbers(),
-        alternatives=[[[a, 0.5], *([word, 0.1] for word in source.choices(words, k=4))] for a in actions],
+        alternatives=[[(a, 0.5), *((word, 0.1) for word in source.choices(words, k=4))] for a in actions],
     )
 
 
@@ -258,7 +258,7 @@ def measure_training(workload: str, iterations: int) -> dict[str, Any]:
     meter.watch(learner_module._Seen, "last", "last seen")
     meter.watch(world, "episodes", "making episodes")
     if workload == "cartpole":
-        meter.watch(world, "_alternatives", "alternatives")
+        meter.watch(world.recorder, "likeliest", "alternatives")
     rows, stored = [], 0
     with tempfile.TemporaryDirectory() as name, Run.create(Path(name) / "run", {}, tensorboard=False) as run:
         meter.watch(run, "log_episodes", "writing")

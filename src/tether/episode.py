@@ -32,8 +32,8 @@ class Episode:
         new_log_probs: log π(a|s) when the update saw the step for the last time, before the optimizer step that
             followed; NaN where it never did. None: not known.
         entropies: of π(·|s) at that same moment, nats.
-        alternatives: the likeliest actions when the action was drawn, likeliest first, each [in words, probability],
-            of the distribution that was really sampled: at its temperature, after top-k and top-p. The action itself
+        alternatives: the likeliest actions when the action was drawn, likeliest first, each (in words, probability), of
+            the distribution that was really sampled: at its temperature, after top-k and top-p. The action itself
             is among them where it is likely enough. None where none were kept, or actions are continuous.
         states: what was observed before each action; None where that is the prompt and the actions so far.
         frames: a film of the episode, one image that holds its frames in rows from left to right: the file's name
@@ -56,7 +56,7 @@ class Episode:
     reference_log_probs: list[float] | None = None
     new_log_probs: list[float] | None = None
     entropies: list[float] | None = None
-    alternatives: list[list[list[Any]]] | None = None
+    alternatives: list[list[tuple[str, float]]] | None = None
     states: list[str] | None = None
     frames: str | None = None
     details: dict[str, Any] = field(default_factory=dict)

@@ -40,7 +40,7 @@ def episode(score: float = 1.0, steps: int = 3, reference: bool = True) -> Episo
         reference_log_probs=numbers(-2.0) if reference else None,
         new_log_probs=numbers(-1.5) if reference else None,
         entropies=numbers(3.0) if reference else None,
-        alternatives=[[[f" token {step}", 0.5], [" other", 0.25]][: step + 1] for step in range(steps)],
+        alternatives=[[(f" token {step}", 0.5), (" other", 0.25)][: step + 1] for step in range(steps)],
         details={"exact_match": 1.0, "answer": "vier"},
     )
 
@@ -152,7 +152,7 @@ def test_a_store_of_another_layout_is_refused_in_one_line(tmp_path: Path) -> Non
 def test_512_episodes_of_200_tokens_are_stored_fast(tmp_path: Path) -> None:
     source = random.Random(0)
     numbers = [source.gauss(0, 1) for _ in range(200)]
-    likeliest: list[list[Any]] = [[" token", 0.5], [" other", 0.25], [" third", 0.125], [" last", 0.0625], ["", 0.03]]
+    likeliest = [(" token", 0.5), (" other", 0.25), (" third", 0.125), (" last", 0.0625), ("", 0.03)]
     made = replace(
         episode(),
         actions=[" token"] * 200,

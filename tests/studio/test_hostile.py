@@ -70,7 +70,7 @@ def test_text_of_models_comes_through_as_data(tmp_path: Path, text: str) -> None
 
 def test_a_response_of_a_megabyte(tmp_path: Path) -> None:
     long = "<b>\u202e" * 250_000
-    one = replace(episode("q", "abc"), response=long, actions=[long], alternatives=[[[long, 1.0]]])
+    one = replace(episode("q", "abc"), response=long, actions=[long], alternatives=[[(long, 1.0)]])
     make_run(tmp_path / "ppo", iterations=1, episodes=[one] * 3)
     asking = client(tmp_path)
     assert asking.get("/api/episode", params={"run": "ppo", "id": 2}).json()["response"] == long

@@ -26,18 +26,17 @@ from tether.control.environments import Environments, Step
 from tether.control.films import Films
 from tether.control.normalisation import ObservationNormaliser, RewardScaler
 from tether.control.policy import StateContext
-from tether.control.words import in_words
+from tether.control.recording import EVALUATED_AT_ONCE, EpisodeRecorder, NamingPolicy, Rollout
 from tether.episode import Episode
 from tether.errors import UserError
 from tether.ppo import ActorCritic, Evaluation, KLController, Trajectories
 from tether.ppo.kl import estimate_kl
 
 RECENT = 100  # finished episodes that the reported means are taken over, as is usual for these environments
-EVALUATED_AT_ONCE = 2048  # states: bounds the memory of a CNN's activations
 POLICY_FILE, STATISTICS_FILE = "policy.safetensors", "observations.safetensors"
 
 
-class SteppingPolicy(ActorCritic, Protocol):
+class SteppingPolicy(ActorCritic, NamingPolicy, Protocol):
     """An `ActorCritic` that can act step by step; `ControlPolicy` is one."""
 
     @property
@@ -53,19 +52,8 @@ class SteppingPolicy(ActorCritic, Protocol):
         """(N,) or (N, A) actions in the states (N, *obs); None instead of noise: the likeliest."""
         ...
 
-    def likeliest(self, observations: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
-        """(n, k) or (n, k, A) the likeliest actions in the states (n, *obs), and their probabilities (n, k).
-
-        Likeliest first; k is `count`, or as many actions as there are. None where actions are continuous.
-        """
-        ...
-
     def values(self, observations: Tensor) -> Tensor:
         """(n,) values of the states (n, *obs)."""
-        ...
-
-    def to_environment(self, actions: Tensor) -> NDArray[Any]:
-        """Actions as the environments take them."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,21 +106,6 @@ class _Moment:
     seeds: NDArray[np.int64] | None  # (N,) of the episodes that the step is of
 
 
-@dataclass(frozen=True)
-class _Rollout:
-    """What the last `collect` saw, (T, N) each, for people and metrics."""
-
-    rewards: NDArray[Any]  # as the environments gave them
-    terminated: NDArray[np.bool_]
-    ended: NDArray[np.bool_]  # terminated or cut off for good: the next step here is of another episode
-    mask: NDArray[np.bool_]
-    success: NDArray[Any] | None
-    shown: NDArray[Any]  # (T, recorded, *obs)
-    seeds: NDArray[np.int64] | None  # (T, N)
-    alternatives: list[list[list[list[Any]]]] | None  # (recorded, T) of [action in words, probability]
-    seconds: float
-
-
 class ControlWorld:
     """Collects trajectories of a policy in simulators.
 
@@ -172,21 +145,19 @@ class ControlWorld:
         self.reference = reference
         self.kl = kl
         self.fewest = fewest
-        self.films = films if self.config.film_every else None
+        recorded = min(self.config.record, environments.count)
+        self.recorder = EpisodeRecorder(policy, recorded, self.config.alternatives, films, self.config.film_every)
         self.generator = torch.Generator().manual_seed(seed)
         shape = environments.observation_space.shape
         self.normaliser = ObservationNormaliser(shape) if self.config.normalise_observations else None
         self.scaler = RewardScaler(environments.count, gamma) if self.config.normalise_rewards else None
         self.steps = 0
-        self._filmed = -self.config.film_every  # steps that were done when the last film was made
         self._raw: NDArray[Any] = np.empty(0)  # the state that each environment is in
         self._seen: Tensor | None = None  # the same as the policy sees it; None before the first reset
         self._returns = np.zeros(environments.count)
         self._lengths = np.zeros(environments.count, dtype=np.int64)
         self._recent: deque[tuple[float, int, float]] = deque(maxlen=RECENT)  # return, length, success (or nan)
-        self._rollout: _Rollout | None = None
-        # what unfinished episodes have so far; None where one's beginning was not recorded
-        self._open: list[dict[str, list[Any]] | None] = [{} for _ in range(min(self.config.record, environments.count))]
+        self._rollout: Rollout | None = None
 
     def collect(self) -> Trajectories:
         """`steps` steps of every environment, or one whole episode of each.
@@ -211,7 +182,7 @@ class ControlWorld:
         columns = np.flatnonzero(mask.any(axis=0) & ~ended[last, np.arange(mask.shape[1])])
         truncated = ended & ~terminated
         truncated[last[columns], columns] = True
-        rollout = _Rollout(
+        rollout = Rollout(
             rewards=np.stack([m.step.rewards for m in moments]),
             terminated=terminated,
             ended=terminated | truncated if self.config.whole_episodes else ended,
@@ -219,7 +190,7 @@ class ControlWorld:
             success=_stack_success(moments),
             shown=np.stack([m.shown for m in moments]),
             seeds=None if moments[0].seeds is None else np.stack([m.seeds for m in moments if m.seeds is not None]),
-            alternatives=self._alternatives(context.observations[: len(self._open)]),
+            alternatives=self.recorder.likeliest(context.observations[: self.recorder.count]),
             seconds=0.0,
         )
         valid = self._row_wise(mask)
@@ -254,7 +225,7 @@ class ControlWorld:
             self._observe(self.environments.reset(), running)
         noise = self.policy.noise(limit, count, self.generator)
         for t in range(limit):
-            seen, shown, seeds = self._seen, self._raw[: len(self._open)], self.environments.seeds
+            seen, shown, seeds = self._seen, self._raw[: self.recorder.count], self.environments.seeds
             assert seen is not None
             action = self.policy.act(seen.to(self.policy.device), noise[t])
             step = self.environments.step(self.policy.to_environment(action))
@@ -297,26 +268,11 @@ class ControlWorld:
             bootstrap[truncated] = values.numpy(force=True)
         return bootstrap
 
-    def _alternatives(self, observations: Tensor) -> list[list[list[list[Any]]]] | None:
-        """[action in words, probability] of the likeliest actions in the states (n, T, *obs)."""
-        count, steps = self.config.alternatives, observations.shape[1]
-        if not (count and len(observations)):
-            return None
-        found = [self.policy.likeliest(states, count) for states in observations.flatten(0, 1).split(EVALUATED_AT_ONCE)]
-        parts = [part for part in found if part is not None]
-        if not parts:
-            return None
-        actions, probabilities = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        acted = self.policy.to_environment(actions.flatten(0, 1))
-        each = iter(map(list, zip(in_words(acted), probabilities.flatten().tolist(), strict=True)))
-        pairs = [list(step) for step in zip(*[each] * probabilities.shape[1], strict=True)]
-        return [pairs[start : start + steps] for start in range(0, len(pairs), steps)]
-
     def _row_wise(self, steps: NDArray[Any]) -> Tensor:
         """(T, N) as the environments go → (N, T) as trajectories lie."""
         return torch.from_numpy(np.ascontiguousarray(steps.T)).to(self.policy.device)
 
-    def _count(self, rollout: _Rollout) -> None:
+    def _count(self, rollout: Rollout) -> None:
         """Add up returns and lengths of episodes, which may have begun in an earlier collection."""
         begin = np.zeros(self.environments.count, dtype=np.int64)
         if self.config.whole_episodes:
@@ -360,56 +316,17 @@ class ControlWorld:
         To be called once for each batch: what an unfinished episode has so far is kept until it ends.
         """
         rollout = self._last_rollout(trajectories)
-        names = ["log_probs", "values", "rewards"]
-        numbers = {name: getattr(trajectories, name) for name in names}
+        numbers = {name: getattr(trajectories, name) for name in ("log_probs", "values", "rewards")}
         numbers |= {"advantages": advantages, "returns": returns}
         if trajectories.reference_log_probs is not None:
             numbers["reference_log_probs"] = trajectories.reference_log_probs
         if last_seen is not None:
             numbers |= {"new_log_probs": last_seen.log_probs, "entropies": last_seen.entropy}
-        recorded = {name: tensor[: len(self._open)].numpy(force=True) for name, tensor in numbers.items()}
-        finished = []
-        for n in range(len(self._open)):
-            if self.config.whole_episodes:
-                self._open[n] = {}
-            begin = 0
-            for end in [*(np.flatnonzero(rollout.ended[:, n]) + 1), len(rollout.mask)]:
-                steps = begin + np.flatnonzero(rollout.mask[begin:end, n])
-                acted = self.policy.to_environment(trajectories.actions[n, steps])
-                parts = {name: array[n, steps].tolist() for name, array in recorded.items()}
-                parts |= {"states": in_words(rollout.shown[steps, n]), "action_ids": acted.tolist()}
-                parts |= {"actions": in_words(acted), "raw": rollout.rewards[steps, n].tolist()}
-                if self.films is not None and rollout.seeds is not None:
-                    parts["seeds"] = rollout.seeds[steps, n].tolist()
-                if rollout.alternatives is not None:
-                    parts["alternatives"] = [rollout.alternatives[n][step] for step in steps]
-                open_episode = self._open[n]
-                if open_episode and open_episode.keys() != parts.keys():
-                    open_episode = self._open[n] = None  # it began when something else was kept of each step
-                if open_episode is not None:
-                    for name, part in parts.items():
-                        open_episode.setdefault(name, []).extend(part)
-                if end > begin and rollout.ended[end - 1, n]:
-                    if open_episode is not None:
-                        finished.append(self._finish(open_episode, bool(rollout.terminated[end - 1, n]), n))
-                    self._open[n] = {}
-                begin = int(end)
-        return finished
+        if self.config.whole_episodes:
+            self.recorder.begin_anew()
+        return self.recorder.finished(rollout, trajectories.actions, numbers, self.steps)
 
-    def _finish(self, parts: dict[str, list[Any]], terminated: bool, environment: int) -> Episode:
-        """The episode that `parts` are of, filmed where it is time for a film."""
-        seeds = parts.pop("seeds", None)
-        episode = _episode(parts, terminated, environment)
-        if self.films is None or not seeds or self.steps - self._filmed < self.config.film_every:
-            return episode
-        self._filmed = self.steps
-        name = f"{self.steps:09d}-{environment}"
-        made = self.films.make(name, seeds[0], episode.action_ids, episode.states or [])
-        if made is None:
-            return episode
-        return replace(episode, frames=made[0], details=episode.details | {"film": made[1]})
-
-    def _last_rollout(self, trajectories: Trajectories) -> _Rollout:
+    def _last_rollout(self, trajectories: Trajectories) -> Rollout:
         if self._rollout is None or self._rollout.mask.T.shape != tuple(trajectories.mask.shape):
             raise ValueError("these trajectories are not the batch that was collected last")
         return self._rollout
@@ -431,11 +348,10 @@ class ControlWorld:
         return state | {
             "generator": self.generator.get_state(),
             "steps": self.steps,
-            "filmed": self._filmed,
             "returns": torch.from_numpy(self._returns.copy()),
             "lengths": torch.from_numpy(self._lengths.copy()),
             "recent": list(self._recent),
-            "open": [_copy(episode) for episode in self._open],
+            **self.recorder.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -457,15 +373,12 @@ class ControlWorld:
             self.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["generator"])
         self.steps = int(state["steps"])
-        self._filmed = int(state.get("filmed", -self.config.film_every))
         self._returns, self._lengths = state["returns"].numpy().copy(), state["lengths"].numpy().copy()
         self._recent = deque(((r, n, s) for r, n, s in state["recent"]), maxlen=RECENT)
-        # `record` may be another now: what is recorded anew begins with the next episode
-        saved = state["open"] + [None] * len(self._open)
-        self._open = [_copy(episode) for episode in saved[: len(self._open)]]
+        self.recorder.load_state_dict(state)
         if not self.environments.load_state_dict(state["environments"]):  # new episodes have begun
             self._returns[:], self._lengths[:] = 0, 0
-            self._open = [{} for _ in self._open]
+            self.recorder.begin_anew()
             if self.scaler is not None:
                 self.scaler.load_state_dict(state["scaler"] | {"returns": torch.from_numpy(self._returns.copy())})
         self._seen = None
@@ -516,26 +429,7 @@ def _stack_success(moments: list[_Moment]) -> NDArray[Any] | None:
     return np.stack([np.full(len(moments[0].valid), np.nan) if s is None else s for s in said])
 
 
-def _episode(parts: dict[str, list[Any]], terminated: bool, environment: int) -> Episode:
-    columns: dict[str, Any] = dict(parts)
-    score, length = sum(columns.pop("raw")), len(columns["states"])
-    how = "terminated" if terminated else "cut off by the time limit"
-    return Episode(
-        prompt=columns["states"][0],
-        response=f"{length} steps, {how}",
-        score=score,
-        terminated=terminated,
-        truncated=not terminated,
-        details={"environment": environment},
-        **columns,
-    )
-
-
-def _copy(parts: dict[str, list[Any]] | None) -> dict[str, list[Any]] | None:
-    return None if parts is None else {name: list(values) for name, values in parts.items()}
-
-
-def _rate(rollout: _Rollout) -> float:
+def _rate(rollout: Rollout) -> float:
     return float(rollout.mask.sum()) / max(rollout.seconds, 1e-9)
 
 

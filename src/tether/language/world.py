@@ -366,15 +366,15 @@ class LanguageWorld:
             )
         return episodes
 
-    def _alternatives(self, samples: Samples) -> list[list[list[list[Any]]]]:
-        """[text, probability] of the likeliest tokens, for each response and step."""
+    def _alternatives(self, samples: Samples) -> list[list[list[tuple[str, float]]]]:
+        """(text, probability) of the likeliest tokens, for each response and step."""
         assert samples.likeliest is not None
         assert samples.likeliest_probabilities is not None
         ids, numbers = samples.likeliest.tolist(), samples.likeliest_probabilities.tolist()
         texts = self._texts(samples.likeliest.unique().tolist())
         return [
             [
-                [[texts[i], p] for i, p in zip(step_ids, step_numbers, strict=True) if p > 0]
+                [(texts[i], p) for i, p in zip(step_ids, step_numbers, strict=True) if p > 0]
                 for step_ids, step_numbers, _ in zip(row_ids, row_numbers, response, strict=False)
             ]
             for row_ids, row_numbers, response in zip(ids, numbers, samples.response_ids, strict=True)

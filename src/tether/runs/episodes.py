@@ -301,7 +301,7 @@ def _stored(row: Any) -> StoredEpisode:
         values[name] = None if values[name] is None else np.frombuffer(values[name], "<f4").tolist()
     if values["alternatives"] is not None:
         probabilities = iter(np.frombuffer(row["alternative_probabilities"], "<f4").tolist())
-        values["alternatives"] = [[[text, next(probabilities)] for text in step] for step in values["alternatives"]]
+        values["alternatives"] = [[(text, next(probabilities)) for text in step] for step in values["alternatives"]]
     for name in ("terminated", "truncated"):
         values[name] = bool(values[name])
     for name in ("score", "reward"):

@@ -69,7 +69,7 @@ def hostile_episode() -> Episode:
         reference_log_probs=[-1.5] * len(pieces),
         new_log_probs=[-0.5] * len(pieces),
         entropies=[0.5] * len(pieces),
-        alternatives=[[[piece[:200], 0.6], [MARKUP, 0.3], [BIDI, 0.1]] for piece in pieces],
+        alternatives=[[(piece[:200], 0.6), (MARKUP, 0.3), (BIDI, 0.1)] for piece in pieces],
         states=[MARKUP + BIDI] * len(pieces),
         details={MARKUP: MARKUP},
     )
