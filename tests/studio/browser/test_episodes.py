@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -215,9 +216,11 @@ def test_a_film_shows_the_frame_of_each_step(studio: Studio) -> None:
     picture = "canvas => canvas.toDataURL()"
     film = page.locator("canvas.film")
     expect(film).to_have_attribute("data-frame", "0")
-    page.wait_for_function(
-        "document.querySelector('canvas.film').getContext('2d').getImageData(9, 9, 1, 1).data[3] > 0"
-    )
+    drawn = "canvas => canvas.getContext('2d').getImageData(9, 9, 1, 1).data[3] > 0"
+    deadline = time.monotonic() + 10  # the page's own policy forbids playwright's `wait_for_function`
+    while not film.evaluate(drawn):
+        assert time.monotonic() < deadline
+        page.wait_for_timeout(20)
     first = film.evaluate(picture)
     page.keyboard.press("End")
     last = filmed[0].length - 1

@@ -87,9 +87,7 @@ def test_two_people_and_how_far_they_agree(studio: Studio, file: Path) -> None:
     for answer in ("t", "t", "b", "t", "b"):
         before = len(answers(file))
         page.keyboard.press(answer)
-        page.wait_for_function(
-            "n => document.querySelector('.label-header .progress').textContent.startsWith(n)", arg=f"{before + 1} "
-        )
+        done(page, before + 1)
     page.get_by_label("You are Ada").click()
     page.get_by_label("Your name").fill("Grace")
     page.keyboard.press("Enter")
