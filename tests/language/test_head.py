@@ -56,6 +56,19 @@ def test_tiles_give_what_whole_logits_give(
         assert relative_error(ours, theirs) < 1e-5
 
 
+@pytest.mark.parametrize("kept", [0, 10**9], ids=["none kept", "all kept"])
+def test_tokens_that_are_all_but_impossible_have_finite_gradients(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "TILE", TOKENS * 64)
+    monkeypatch.setattr(head_module, "KEPT", kept)
+    layer, hidden = make_layer(True), (100 * torch.randn(TOKENS, WIDTH)).requires_grad_()  # logits of some thousands
+    actions = torch.arange(TOKENS)
+    expected = outcome(layer, action_log_probs(layer(hidden), actions, 1.0, None), hidden, (1.0, 1.0))
+    found = outcome(layer, Head(layer, 1.0).log_probs(hidden, actions, 1.0), hidden, (1.0, 1.0))
+    assert float(expected[0].min()) < -1000
+    for ours, theirs in zip(found, expected, strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+
+
 @pytest.mark.parametrize("kept", [0, 3, 4])
 def test_as_many_tiles_are_kept_as_the_budget_holds_and_the_others_are_computed_again(
     kept: int, monkeypatch: pytest.MonkeyPatch

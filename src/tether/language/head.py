@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from tether.language.products import GradientOf, full_product, low_precision, product
 
 TILE = 2**20  # logits of one tile: few enough for the caches, enough for fast products
-KEPT = 2**24  # logits that are kept for the gradients, at most, 64 MiB: computing them again is a quarter of the work
+KEPT = 2**24  # weights eᶻ kept for the gradients, at most, 64 MiB: computing logits again is a quarter of the work
 PROBE = 100.0  # size of the logits at which a head is tried; caps on logits are at 15 to 50
 
 
@@ -105,7 +105,7 @@ class _LogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         maximum = torch.full((len(hidden),), -torch.inf, device=hidden.device)
         total, weighted, chosen = (torch.zeros(len(hidden), device=hidden.device) for _ in range(3))
-        ctx.kept = []  # logits − m of the first tiles, and m as it then was
+        ctx.kept = []  # eᶻ⁻ᵐ of the first tiles, and m as it then was
         for tile in _tiles(hidden, weight):
             logits = _logits(hidden, weight, bias, tile, scale)
             rows, columns = _inside(actions, tile)
@@ -114,9 +114,9 @@ class _LogProbs(torch.autograd.Function):
             fall = torch.where(total > 0, maximum - higher, 0.0)  # −inf − −inf before the first tile
             factor = fall.exp()
             logits -= higher[:, None]
-            if (budget := budget - logits.numel()) >= 0:
-                ctx.kept.append((logits, higher))
             weights = logits.exp()
+            if (budget := budget - weights.numel()) >= 0:
+                ctx.kept.append((weights, higher))
             weighted = factor * (weighted + total * fall) + torch.linalg.vecdot(weights, logits)
             total = factor * total + weights.sum(dim=1)
             maximum = higher
@@ -139,21 +139,22 @@ class _LogProbs(torch.autograd.Function):
         factor = hidden.to(ctx.factor)
         for number, tile in enumerate(_tiles(hidden, weight)):
             if number < len(ctx.kept):
-                logits, reached = ctx.kept[number]
-                log_probs = logits + (reached - log_total)[:, None]
+                weights, reached = ctx.kept[number]
+                beyond = reached - log_total  # log π − log weights
             else:
-                log_probs = _logits(hidden, weight, bias, tile, ctx.scale).sub_(log_total[:, None])
-            gradient = log_probs.exp()
-            if of_entropy is None:
-                assert of_log_probs is not None
-                gradient *= -of_log_probs[:, None]
-            else:
-                slope = -of_entropy[:, None] * (log_probs + entropy[:, None])
-                gradient *= slope if of_log_probs is None else slope - of_log_probs[:, None]
+                weights = _logits(hidden, weight, bias, tile, ctx.scale).sub_(log_total[:, None]).exp_()
+                beyond = torch.zeros_like(log_total)
+            slope: Tensor | float = 0.0  # of π
+            if of_entropy is not None:
+                # where a weight has become 0, so has π, and the logarithm does not matter
+                log_probs = weights.clamp(min=torch.finfo(weights.dtype).tiny).log_().add_(beyond[:, None])
+                slope = log_probs.add_(entropy[:, None]).mul_(-of_entropy[:, None])
+            if of_log_probs is not None:
+                slope = slope - of_log_probs[:, None]
+            gradient = weights * (slope * (ctx.scale * beyond.exp())[:, None])
             if of_log_probs is not None:
                 rows, columns = _inside(actions, tile)
-                gradient[rows, columns] += of_log_probs[rows]
-            gradient *= ctx.scale
+                gradient[rows, columns] += ctx.scale * of_log_probs[rows]
             if for_bias is not None:
                 for_bias[tile] = gradient.sum(dim=0)
             gradient = gradient.to(ctx.factor)
