@@ -235,7 +235,7 @@ def test_max_tokens_and_context_together(tmp_path: Path) -> None:
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}', "line 2: not UTF-8 text (byte 0xff)"),
         ("a.jsonl", '{"prompt": "a"}'.encode("utf-16"), "line 1: not UTF-8 text"),
         ("a.jsonl.gz", b'{"prompt": "a"}', "not a complete gzip file"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}')[:-6], "not a complete gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}', mtime=0)[:-6], "not a complete gzip file"),
         (
             "a.json",
             b'{"prompt": "a"}\n{"prompt": "b"}',
