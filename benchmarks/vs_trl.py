@@ -10,6 +10,7 @@ optimizer steps, metrics. TRL lives in an environment of its own, benchmarks/.pe
 
     tether            the library from Python: `LanguageWorld`, `Learner`, `iterate`; the critic is a head on the policy
     tether-separate   the same with a trunk of its own for the critic, as TRL has it (`separate_value_trunk`)
+    tether-compiled   the first with `--compile`, where it is named; compiling falls into the iteration not counted
     trl               `PPOTrainer`, without gradient checkpointing, which is fastest
     trl-checkpointing with it (`--trl-checkpointing`), which saves memory
 
@@ -144,7 +145,10 @@ def run_tether(task: Task, meter: Meter) -> None:
     model = make_model(shape, task.dtype, task.device)
     reference = ModelReference(copy.deepcopy(model))
     policy = LanguagePolicy(
-        model, separate_value_trunk=task.contestant == "tether-separate", autocast=task.precision == "bfloat16"
+        model,
+        separate_value_trunk=task.contestant == "tether-separate",
+        autocast=task.precision == "bfloat16",
+        compiled=task.contestant == "tether-compiled",
     )
     tokenizer = make_tokenizer(shape.vocabulary + 1)
     tokenizer.eos_token = str(shape.vocabulary)  # an id that the model has no logit for
@@ -544,8 +548,14 @@ def parse() -> argparse.Namespace:
         default=["float32", "bfloat16"],
         help="one or several (default: float32 bfloat16)",
     )
-    names = ["tether", "tether-separate", "trl"]
-    add("--contestants", nargs="+", choices=names, default=names, help="in the order of turns (default: all)")
+    names = ["tether", "tether-separate", "trl", "tether-compiled"]
+    add(
+        "--contestants",
+        nargs="+",
+        choices=names,
+        default=names[:3],
+        help="in the order of turns (default: the first three)",
+    )
     add("--trl-checkpointing", action="store_true", help="run TRL with gradient checkpointing, too")
     add("--iterations", type=positive, default=6, help="of each run, the first not counted (default: 6)")
     add("--repeats", type=positive, default=1, help="turns of each contestant (default: 1)")

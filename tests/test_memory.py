@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +89,12 @@ def test_a_loop_leaves_nothing_behind_to_the_collector_where_it_is_left_early_or
     world.rewards = None  # type: ignore[assignment]
     with pytest.raises(TypeError):
         next(iterate(world, learner))
+
+
+def test_a_loop_that_is_still_open_when_the_interpreter_ends_is_closed_in_silence() -> None:
+    code = "from tether.memory import old_objects_left_alone as context; context = context(); context.__enter__()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def _resident() -> float:

@@ -137,10 +137,11 @@ def old_objects_left_alone() -> Iterator[None]:
         return
     gc.collect()
     gc.freeze()
+    thaw = gc.unfreeze  # where the interpreter ends within this context, the module's own names are gone by then
     try:
         yield
     finally:
-        gc.unfreeze()
+        thaw()
 
 
 class _Mallinfo2(ctypes.Structure):

@@ -202,7 +202,7 @@ def test_gradients_of_narrow_weights_are_left_to_torch(
 
 
 def test_without_onednn_torch_multiplies(calls: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(products, "ONEDNN", False)
     plain, fast = twins("linear")
     inputs = torch.randn(4, 96)
     with torch.no_grad(), packed_weights([fast], rows=8):

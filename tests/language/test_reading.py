@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -9,9 +10,12 @@ import torch
 from tests.models import KINDS, make_model, perturbed
 from tests.toy import relative_error
 from torch import Tensor
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.utils import counters
+from torch.fx import GraphModule
 from transformers import OPTConfig, OPTForCausalLM
 
-from tether.language import layers, reading
+from tether.language import layers, products, reading
 from tether.language.context import TokenContext
 from tether.language.policy import LanguagePolicy
 from tether.language.reading import Reader, packed_layout, plain_layout, wasteful
@@ -45,9 +49,10 @@ def make_policy(kind: str, separate: bool = False, **options: Any) -> LanguagePo
     return policy
 
 
-def gradient(policy: LanguagePolicy, given: TokenContext) -> Tensor:
+def gradient(policy: LanguagePolicy, given: TokenContext, steps: int = 20) -> Tensor:
+    """Of something that every log-probability, value and entropy of the first `steps` tokens has a part in."""
     policy.zero_grad()
-    found = policy.evaluate(given, ACTIONS, MASK)
+    found = policy.evaluate(given, ACTIONS[:, :steps], MASK[:, :steps])
     (found.log_probs.sum() + found.values.square().sum() + found.entropy.sum()).backward()
     return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
 
@@ -133,12 +138,44 @@ def test_checkpointed_layers_run_again_and_give_the_same_gradient(separate: bool
         assert "forward" not in vars(layer)
 
 
-def test_compiled_layers_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "BACKEND", "aot_eager")  # which needs no compiler
-    plain, compiled = make_policy("llama"), make_policy("llama", compiled=True)
-    expected, found = gradient(plain, context()), gradient(compiled, context())
-    assert compiled.reader.layers._compiled is not None
-    assert relative_error(found, expected) < 1e-5
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_compiled_layers_are_whole_and_give_the_same_gradient(
+    kind: str, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs: list[GraphModule] = []
+
+    def note(graph: GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)  # which needs no compiler
+
+    monkeypatch.setattr(layers, "BACKEND", note)
+    monkeypatch.setattr(products, "SMALLEST", 0)
+    torch._dynamo.reset()
+    counters.clear()
+    plain, compiled = make_policy(kind, autocast=autocast), make_policy(kind, autocast=autocast, compiled=True)
+    for steps in (20, 11, 4):  # other lengths, the same graphs
+        expected, found = (gradient(policy, context(), steps) for policy in (plain, compiled))
+        assert relative_error(found, expected) < (1e-2 if autocast else 1e-5)
+    assert not counters["graph_break"]
+    assert len(graphs) == 2, "one for each layer"
+    for graph in graphs:
+        code = "".join(part.code for part in graph.modules() if isinstance(part, GraphModule))
+        assert "torch.ops.tether.product" in code
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+def test_layers_compiled_to_machine_code_give_the_same_gradient(
+    autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "SMALLEST", 0)
+    torch._dynamo.reset()
+    plain, compiled = make_policy("llama", autocast=autocast), make_policy("llama", autocast=autocast, compiled=True)
+    for steps in (20, 11, 4):
+        expected, found = (gradient(policy, context(), steps) for policy in (plain, compiled))
+        assert relative_error(found, expected) < (1e-2 if autocast else 1e-5)
 
 
 def test_bfloat16_products_are_near_and_parameters_values_and_gradients_stay_float32() -> None:

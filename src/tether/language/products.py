@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+ONEDNN = torch.backends.mkldnn.is_available()
 SMALLEST = 2**20  # n·K·M below which calling oneDNN costs more than it saves
 NARROW = 192  # factors shared by a transposed input: below, oneDNN spends more on laying it out than it saves
 PACKED_FOR = 8  # rows, at least: a layout for fewer is slow for all others
@@ -96,7 +97,7 @@ class _Fast(nn.Module):
         """Lay the weights out for products without gradients."""
         weight = self.matrix().detach()
         small = weight.numel() < SMALLEST_PACKED
-        if small or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        if small or weight.device.type != "cpu" or not ONEDNN:
             return
         if self.full_precision:
             weight = weight.float()
@@ -119,7 +120,7 @@ class _Fast(nn.Module):
                 result = full_product(rows, weight) if not torch.is_grad_enabled() else rows.float() @ weight.float().T
             return (result if bias is None else result + bias.float()).view(shape)
         small = rows.numel() * len(weight) < SMALLEST
-        if small or weight.dtype != torch.float32 or not _suits_onednn(inputs) or torch.compiler.is_compiling():
+        if small or weight.dtype != torch.float32 or not _suits_onednn(inputs):
             return None
         fast: Tensor = _Product.apply(rows, weight, bias, _low and not self.full_precision)
         return fast.view(shape)
@@ -266,10 +267,23 @@ def full_product(inputs: Tensor, weight: Tensor) -> Tensor:
 
 
 def _suits_onednn(inputs: Tensor) -> bool:
-    suits = inputs.device.type == "cpu" and inputs.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    suits = ONEDNN and inputs.device.type == "cpu" and inputs.dtype == torch.float32
     return suits and not torch.is_autocast_enabled("cpu")
 
 
 def _by_onednn(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _compiled_product(inputs, weight, bias)
     result: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
     return result
+
+
+@torch.library.custom_op("tether::product", mutates_args=())
+def _compiled_product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`_by_onednn` where torch.compile shall not look inside: for that call it wants weights that never change."""
+    return _by_onednn(inputs, weight, bias)
+
+
+@_compiled_product.register_fake
+def _(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return inputs.new_empty(inputs.shape[0], weight.shape[0])  # `len` would make constants of them
