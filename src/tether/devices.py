@@ -15,6 +15,14 @@ def check_device(device: str) -> None:
         raise UserError(f"device is {device!r}, which torch cannot use here ({reason(error)})") from error
 
 
+def check_compiler(device: str) -> None:
+    """Raises UserError where `torch.compile` makes no code for this device: on a CPU it asks for a C++ compiler."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except RuntimeError as error:
+        raise UserError(f"compile is set, but torch.compile does not work here ({reason(error)})") from error
+
+
 def multiplies_bfloat16(device: str) -> bool:
     """Whether the device has instructions for products of bfloat16 matrices, which are the faster ones then."""
     kind = torch.device(device).type

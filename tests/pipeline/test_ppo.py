@@ -16,6 +16,7 @@ import torch
 from tests.models import make_model, make_tokenizer
 from tests.run_folders import assert_same_run, metric_lines, newest_checkpoint
 from torch import nn
+from torch._inductor import config as inductor
 from transformers import AutoModelForCausalLM
 
 from tether.errors import RewardError, UserError
@@ -340,6 +341,17 @@ def test_a_run_is_not_replaced_unless_asked(tmp_path: Path) -> None:
         train(seed=1)
     assert metric_lines(first.folder) == before
     assert metric_lines(train(seed=1, overwrite=True).folder) != before
+
+
+def test_compiling_without_a_compiler_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(inductor.cpp, "cxx", (None, str(tmp_path / "g++")))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # so that nothing is there ready-made
+    with pytest.raises(UserError, match=r"^compile is set, but torch.compile does not work here \(.*\)$"):
+        train_ppo(settings(tmp_path, compile=True, model="no-such-folder"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tether.devices import multiplies_bfloat16
+from tether.devices import check_compiler, multiplies_bfloat16
 from tether.errors import UserError
 from tether.language.adapters import LoRAConfig, base_of, give_adapters, read_weights
 from tether.language.models import (
@@ -71,7 +71,8 @@ class PPOConfig:
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
     compile: bool = False
-    """Compile the model's layers with `torch.compile` for learning, which takes a minute and a C++ compiler."""
+    """Compile the model's layers with `torch.compile` for learning. It takes up to a minute at the start and, on a CPU,
+    a C++ compiler."""
     separate_value_trunk: bool = False
     """Give the critic a copy of the model's trunk, instead of a head on the policy's own."""
     value_model: str = ""
@@ -181,6 +182,8 @@ def build_ppo(
     """
     keep_freed_memory()
     parts = parts or Parts()
+    if config.compile:
+        check_compiler(config.device)
     task = Task(config.task, config.problems) if config.task else None
     rewards = Rewards(config.reward, None if parts.reward is None else [parts.reward], task)
     gold = _gold(config, parts)
