@@ -16,7 +16,7 @@ import torch
 
 from tests.models import CountingRewards, make_world
 from tether import memory
-from tether.memory import PeakMemory, keep_freed_memory, old_objects_left_alone, process_peak
+from tether.memory import PeakMemory, keep_freed_memory, old_objects_left_alone, phases_apart, process_peak
 from tether.ppo import Learner, LearnerConfig
 from tether.train import iterate
 
@@ -178,6 +178,42 @@ def test_the_loop_reports_the_peak_of_each_phase(hungry: str, monkeypatch: pytes
     high = peaks.pop(hungry)
     assert all(high - other == pytest.approx(HELD, abs=CLOSE) for other in peaks.values()), (high, peaks)
     assert all(peak < 2**17 for peak in peaks.values())  # MiB, not KiB nor bytes
+
+
+@measured
+def test_where_freed_memory_stays_the_next_phase_has_no_figure_unless_it_is_little() -> None:
+    if not keep_freed_memory():
+        pytest.skip("the C library has no such switch")
+    with phases_apart(False):
+        running = PeakMemory()
+        hold()
+        with phases_apart(True):
+            first = running.lap()
+        hold()
+        second, third = running.lap(), running.lap()
+    assert first == pytest.approx(second, abs=CLOSE)
+    assert third is None
+    running = PeakMemory()
+    with phases_apart(False):
+        hold(1)
+        assert running.lap() is not None
+        hold(1)
+        fourth = running.lap()
+    assert second is not None
+    assert fourth is not None
+    assert second - fourth == pytest.approx(HELD, abs=CLOSE)
+
+
+@measured
+@pytest.mark.parametrize("much", [True, False])
+def test_the_loop_measures_large_models_now_and_then_and_small_ones_always(
+    much: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tether.train.MEMORY_EVERY", 3)
+    world = make_world(rewards=HungryRewards() if much else CountingRewards())
+    learner = Learner(world.policy, LearnerConfig(epochs=1, minibatches=1), iterations=6)
+    told = [{f"memory/{phase}" for phase in PHASES} <= step.metrics.keys() for step in iterate(world, learner)]
+    assert told == ([True, True, False, True, False, False] if much else [True] * 6)
 
 
 # Where the system does not tell -----------------------------------------------------------------------------------

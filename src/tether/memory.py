@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ WORTH = 128 * MIB
 
 _measuring: WeakSet[PeakMemory] = WeakSet()
 _keeps = False  # whether memory that is freed stays with the process
+_apart = True  # whether it is given back between phases all the same
+_resident_after = 0  # bytes that the process held when memory was given back last
 _of_process: dict[torch.device, int] = {}  # bytes: the most before the figure was begun anew
 
 
@@ -35,24 +38,39 @@ class PeakMemory:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = _one(device)
-        if _keeps:
-            _give_back()
+        self._apart = _begin_apart()
         self._before = 0  # bytes, before another measurement began the figure anew
         _begin_anew(self.device)
         _measuring.add(self)
 
     def peak(self) -> float | None:
-        """MiB since the last lap; None where the system does not tell."""
-        return self._before / MIB if _begin_anew(self.device) else None
+        """MiB since the last lap; None where the system does not tell, or where what was freed before may count."""
+        known = _begin_anew(self.device) and (self._apart or self.device.type != "cpu")
+        return self._before / MIB if known else None
 
     def lap(self) -> float | None:
         """The same, and what follows is measured anew."""
-        peak, self._before = self.peak(), 0
+        peak = self.peak()
+        self._apart = _begin_apart()
         if _keeps:
-            _give_back()
             _begin_anew(self.device)
-            self._before = 0
+        self._before = 0
         return peak
+
+
+@contextmanager
+def phases_apart(apart: bool) -> Iterator[None]:
+    """Whether, within this context, much memory that is free goes back to the system where a phase ends.
+
+    Only then is it not taken for the next phase's, so only then is that one's peak known. But it takes time to have the
+    memory anew: a twentieth of an iteration of PPO.
+    """
+    global _apart
+    before, _apart = _apart, apart
+    try:
+        yield
+    finally:
+        _apart = before
 
 
 def process_peak(device: torch.device | str = "cpu") -> float | None:
@@ -111,7 +129,7 @@ def keep_freed_memory(keep: bool = True) -> bool:
 
     glibc gives every large block back to the system at once, and each minibatch then pays again for the first touch of
     every page: a fifth of PPO's time on a CPU. Only between phases is memory given back then, where a `PeakMemory`
-    laps. False: as glibc does it by itself.
+    laps and there is much of it. False: as glibc does it by itself.
     """
     global _keeps
     set_option = _from_c("mallopt")
@@ -144,26 +162,29 @@ def old_objects_left_alone() -> Iterator[None]:
         thaw()
 
 
-class _Mallinfo2(ctypes.Structure):
-    """What glibc's `mallinfo2` returns: ten sizes, of which one is read here."""
-
-    _fields_ = [(f"other{index}", ctypes.c_size_t) for index in range(8)] + [
-        ("free", ctypes.c_size_t),
-        ("top", ctypes.c_size_t),
-    ]
+def _begin_apart() -> bool:
+    """Give back what is free where that is wanted; whether a phase begins without much of what the last one held."""
+    if not _keeps or _resident() - _resident_after < WORTH:
+        return True
+    if _apart:
+        _give_back()
+    return _apart
 
 
 def _give_back() -> None:
-    """Return what is free to the system, so that the next phase is not taken to hold what the last one did.
-
-    Not less than `WORTH`: what is given back must be asked for anew.
-    """
-    trim, info = _from_c("malloc_trim"), _from_c("mallinfo2")
-    if trim is None or info is None:
-        return
-    info.restype = _Mallinfo2
-    if info().free >= WORTH:
+    """Return what is free to the system."""
+    global _resident_after
+    if (trim := _from_c("malloc_trim")) is not None:
         trim(0)
+    _resident_after = _resident()
+
+
+def _resident() -> int:
+    """Bytes that this process holds now; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_bytes().split()[1]) * mmap.PAGESIZE
+    except OSError:  # no Linux
+        return 0
 
 
 def _from_c(name: str) -> Any:

@@ -14,8 +14,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from tether.episode import Episode
-from tether.memory import PeakMemory, old_objects_left_alone
+from tether.memory import PeakMemory, old_objects_left_alone, phases_apart
 from tether.ppo import ActorCritic, Evaluation, Learner, Trajectories
+
+MEMORY_EVERY = 10  # iterations after which large models' peaks are measured again, which costs time
 
 
 class World(Protocol):
@@ -64,17 +66,20 @@ class Iteration:
 
 def iterate(world: World, learner: Learner) -> Iterator[Iteration]:
     """PPO, one iteration at a time, from where the learner stands to the end of its run."""
+    turn = 0
     with old_objects_left_alone():
         while learner.iteration < learner.iterations:
             started = time.perf_counter()
-            trajectories = world.collect()
-            advantages, returns = learner.credit(trajectories)
-            memory, learning = PeakMemory(trajectories.mask.device), time.perf_counter()
-            metrics = world.metrics(trajectories) | learner.update(trajectories, advantages, returns)
-            ended = time.perf_counter()
-            metrics |= {"time/learning": ended - learning, "time/iteration": ended - started}
-            if (peak := memory.lap()) is not None:
-                metrics["memory/learning"] = peak
+            with phases_apart(turn == 1 or turn % MEMORY_EVERY == 0):
+                trajectories = world.collect()
+                advantages, returns = learner.credit(trajectories)
+                memory, learning = PeakMemory(trajectories.mask.device), time.perf_counter()
+                metrics = world.metrics(trajectories) | learner.update(trajectories, advantages, returns)
+                ended = time.perf_counter()
+                metrics |= {"time/learning": ended - learning, "time/iteration": ended - started}
+                if (peak := memory.lap()) is not None:
+                    metrics["memory/learning"] = peak
+            turn += 1
             yield Iteration(learner.iteration, trajectories, advantages, returns, metrics, learner.last_seen)
 
 
