@@ -227,9 +227,9 @@ def test_a_world_of_fifty_thousand_prefixes_takes_well_under_a_second() -> None:
     world = EnumerableWorld([(i,) for i in range(13)], 6, 5, 6, lambda prompt, response: len(response), beta=0.1)
     policy, reference = (world.tabulate_log_probs(random_policy(6, seed)) for seed in (1, 2))
     assert sum(len(level) for level in world.prefixes) * len(world.prompts) > 50_000
-    started = time.perf_counter()
+    started = time.process_time()
     world.evaluate(policy, world.optimum(reference))
-    assert time.perf_counter() - started < 2.0  # About 0.3 s; the rest is for busy machines.
+    assert time.process_time() - started < 2.0  # about 0.3 s; the rest is for slow machines
 
 
 @pytest.mark.parametrize(

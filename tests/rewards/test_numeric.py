@@ -77,9 +77,9 @@ def test_forms_that_take_precedence(text: str, number: Fraction | int | None) ->
     "text", ["9" * 100_000, "1e999999999 " * 500, "-1," * 20_000, "\\boxed{" * 5_000, "#### " * 5_000, "1/" * 20_000]
 )
 def test_hostile_text_is_read_quickly(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     stated_number(text)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @given(
