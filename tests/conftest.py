@@ -5,8 +5,8 @@ What was imported is left alone by Python's garbage collector, which would go th
 
 from __future__ import annotations
 
-import gc
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -15,10 +15,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
 
 
+_left_alone = ExitStack()
+
+
 def pytest_collection_finish() -> None:
-    gc.collect()
-    gc.freeze()
+    from tether.memory import old_objects_left_alone
+
+    _left_alone.enter_context(old_objects_left_alone())
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()
+    _left_alone.close()

@@ -46,11 +46,15 @@ def test_freed_memory_is_kept_until_the_phase_ends() -> None:
     assert keep_freed_memory(False)
 
 
+FEW = 10_000  # objects; Python 3.12 freezes some hundreds by itself
+
+
 @pytest.fixture
-def _nothing_frozen() -> Iterator[None]:
+def _nothing_frozen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     gc.unfreeze()  # what the tests have frozen
+    monkeypatch.setattr(memory, "_left_alone", False)
     yield
-    assert gc.get_freeze_count() == 0
+    assert gc.get_freeze_count() < FEW
     gc.freeze()
 
 
@@ -83,9 +87,9 @@ def test_a_loop_leaves_nothing_behind_to_the_collector_where_it_is_left_early_or
     world = make_world()
     learner = Learner(world.policy, LearnerConfig(minibatches=1), iterations=3)
     for _ in iterate(world, learner):
-        assert gc.get_freeze_count() > 0
+        assert gc.get_freeze_count() > FEW
         break
-    assert gc.get_freeze_count() == 0
+    assert gc.get_freeze_count() < FEW
     world.rewards = None  # type: ignore[assignment]
     with pytest.raises(TypeError):
         next(iterate(world, learner))

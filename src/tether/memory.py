@@ -25,6 +25,7 @@ WORTH = 128 * MIB
 _measuring: WeakSet[PeakMemory] = WeakSet()
 _keeps = False  # whether memory that is freed stays with the process
 _apart = True  # whether it is given back between phases all the same
+_left_alone = False  # whether `old_objects_left_alone` holds; Python 3.12 has frozen objects of its own
 _resident_after = 0  # bytes that the process held when memory was given back last
 _of_process: dict[torch.device, int] = {}  # bytes: the most before the figure was begun anew
 
@@ -147,18 +148,21 @@ def old_objects_left_alone() -> Iterator[None]:
     """Within this context Python's garbage collector does not look through the objects that there were before it.
 
     A run makes many short-lived objects, and from time to time the collector goes through all others, too: hundreds of
-    thousands of imported ones, a tenth of a second, 6 % of training CartPole. Within another such context, or where
-    objects are frozen already, nothing changes.
+    thousands of imported ones, a tenth of a second, 6 % of training CartPole. Within another such context nothing
+    changes.
     """
-    if gc.get_freeze_count():
+    global _left_alone
+    if _left_alone:
         yield
         return
+    _left_alone = True
     gc.collect()
     gc.freeze()
     thaw = gc.unfreeze  # where the interpreter ends within this context, the module's own names are gone by then
     try:
         yield
     finally:
+        _left_alone = False
         thaw()
 
 

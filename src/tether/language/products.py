@@ -168,8 +168,8 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(inputs, weight)
         if not low:
             return _by_onednn(inputs, weight, bias)
-        product = _by_onednn(inputs, weight).float()
-        return product if bias is None else product.add_(bias)
+        product = _by_onednn(inputs, weight)
+        return product.float() if bias is None else product + bias  # which is float32, and so is the sum
 
     @staticmethod
     @torch.autograd.function.once_differentiable
