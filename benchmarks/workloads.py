@@ -152,8 +152,11 @@ class PhaseMeter:
         self._watch(world.sampler, "sample", "sampling")
         self._watch(world.reference, "log_probs", "reference")
         self._watch(learner, "update", "learning")
-        gc.freeze()  # what was imported is not looked through again each time, which takes longer than a small phase
-        atexit.register(gc.unfreeze)  # but at the end: some modules call it a leak otherwise
+        from tether.memory import old_objects_left_alone
+
+        frozen = contextlib.ExitStack()
+        frozen.enter_context(old_objects_left_alone())
+        atexit.register(frozen.close)  # some modules speak of leaks otherwise
         give_back_freed()
         reset_peak(device)
         self.base = peak_bytes(device)  # what is held before anything is done
