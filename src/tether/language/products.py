@@ -6,7 +6,8 @@ neither, and takes weights laid out once for many products. The layers stay what
 and transformers' `Conv1D`, whose own forward pass is the definition that the tests hold this to.
 
 `bfloat16_products` rounds what is multiplied in linear layers and nothing else: activations, attention and norms stay
-float32, which on a CPU costs no more than `torch.autocast` does, where they are bfloat16 too.
+float32, which on a CPU costs no more than `torch.autocast` does, where they are bfloat16 too. What oneDNN cannot
+multiply on the processor at hand, torch's own product does.
 
 n = rows of an input, K = its features, M = features of the output.
 """
@@ -21,7 +22,26 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-ONEDNN = torch.backends.mkldnn.is_available()
+
+
+def _by_onednn(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+    return result
+
+
+def _onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN does so on this processor with the instructions that it may use: it is tried."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    ones = torch.ones(2, 2, dtype=dtype)
+    try:
+        _by_onednn(ones, torch.ops.mkldnn._reorder_linear_weight(ones, 2), None)
+    except RuntimeError:  # of bfloat16 where there are no instructions for it
+        return False
+    return True
+
+
+ONEDNN = frozenset(filter(_onednn_multiplies, (torch.float32, torch.bfloat16)))  # the types that it multiplies here
 SMALLEST = 2**20  # n·K·M below which calling oneDNN costs more than it saves
 NARROW = 192  # factors shared by a transposed input: below, oneDNN spends more on laying it out than it saves
 PACKED_FOR = 8  # rows, at least: a layout for fewer is slow for all others
@@ -96,15 +116,17 @@ class _Fast(nn.Module):
     def pack(self, rows: int) -> None:
         """Lay the weights out for products without gradients."""
         weight = self.matrix().detach()
-        small = weight.numel() < SMALLEST_PACKED
-        if small or weight.device.type != "cpu" or not ONEDNN:
+        if weight.numel() < SMALLEST_PACKED or weight.device.type != "cpu":
             return
+        stored = weight.dtype
         if self.full_precision:
             weight = weight.float()
         elif _low:
             weight = weight.bfloat16()
-        if weight.dtype in (torch.float32, torch.bfloat16):
+        if weight.dtype in ONEDNN:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+        elif weight.dtype != stored:
+            self.packed = weight.contiguous()  # rounded once, not for every product
 
     def multiply(self, inputs: Tensor, bias: Tensor | None) -> Tensor | None:
         """Inputs · weightᵀ + bias, or None where torch's own product is the better one."""
@@ -113,7 +135,7 @@ class _Fast(nn.Module):
         rows = inputs.reshape(-1, inputs.shape[-1])
         if self.packed is not None:
             bias = None if bias is None else bias.to(self.packed.dtype)
-            result = _by_onednn(rows.to(self.packed.dtype), self.packed, bias)
+            result = _linear(rows.to(self.packed.dtype), self.packed, bias)
             return result.to(torch.float32 if self.full_precision else inputs.dtype).view(shape)
         if self.full_precision and (torch.is_autocast_enabled(weight.device.type) or weight.dtype != torch.float32):
             with torch.autocast(weight.device.type, enabled=False):
@@ -167,8 +189,8 @@ class _Product(torch.autograd.Function):
             inputs, weight = inputs.bfloat16(), weight.bfloat16()
         ctx.save_for_backward(inputs, weight)
         if not low:
-            return _by_onednn(inputs, weight, bias)
-        product = _by_onednn(inputs, weight)
+            return _linear(inputs, weight, bias)
+        product = _linear(inputs, weight)
         return product.float() if bias is None else product + bias  # which is float32, and so is the sum
 
     @staticmethod
@@ -253,7 +275,7 @@ def product(inputs: Tensor, weight: Tensor) -> Tensor:
     """Inputs (n, K) · weightᵀ (K, M), without gradients, by the faster library; both strided as they like."""
     if not _suits_onednn(inputs) or (len(weight) < NARROW and not inputs.is_contiguous()):
         return inputs @ weight.T
-    return _by_onednn(inputs, weight)
+    return _linear(inputs, weight)
 
 
 def full_product(inputs: Tensor, weight: Tensor) -> Tensor:
@@ -267,23 +289,25 @@ def full_product(inputs: Tensor, weight: Tensor) -> Tensor:
 
 
 def _suits_onednn(inputs: Tensor) -> bool:
-    suits = ONEDNN and inputs.device.type == "cpu" and inputs.dtype == torch.float32
+    suits = torch.float32 in ONEDNN and inputs.device.type == "cpu" and inputs.dtype == torch.float32
     return suits and not torch.is_autocast_enabled("cpu")
 
 
-def _by_onednn(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Inputs (n, K) · weightᵀ (K, M) + bias (M,) in the type of the weights, on the CPU: by oneDNN where it can."""
     if torch.compiler.is_compiling():
-        return _compiled_product(inputs, weight, bias)
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
-    return result
+        return _compiled_linear(inputs, weight, bias)
+    if weight.dtype in ONEDNN:
+        return _by_onednn(inputs, weight, bias)
+    return nn.functional.linear(inputs, weight, bias)
 
 
 @torch.library.custom_op("tether::product", mutates_args=())
-def _compiled_product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`_by_onednn` where torch.compile shall not look inside: for that call it wants weights that never change."""
-    return _by_onednn(inputs, weight, bias)
+def _compiled_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`_linear` where torch.compile shall not look inside: oneDNN's call wants weights that never change there."""
+    return _linear(inputs, weight, bias)
 
 
-@_compiled_product.register_fake
+@_compiled_linear.register_fake
 def _(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return inputs.new_empty(inputs.shape[0], weight.shape[0])  # `len` would make constants of them
