@@ -109,10 +109,14 @@ def test_only_what_is_named_changes_and_samples_share_as_many_responses(script: 
 
 @measured
 def test_the_learners_peak_does_not_grow_by_logits(script: Any) -> None:
-    """1,024 more response tokens at once: whole logits in float32 would be 128 MiB, and a gradient as much."""
+    """2,048 more response tokens at once: whole logits in float32 would be 256 MiB, and a gradient as much.
+
+    The first turn is for what libraries set aside once. Of the rest 5 to 12 MiB were measured, on processors with and
+    without AVX-512, one and two threads.
+    """
     scaling, workloads = script("scaling"), script("workloads")
     vocabulary, peaks = 32_768, []
-    for prompts in (16, 32):
+    for prompts in (48, 16, 48):
         workload = replace(scaling.QUICK, vocabulary=vocabulary, prompts=prompts, response_tokens=64, minibatches=1)
         world, learner = workloads.make_ppo(workload, microbatch_size=scaling.ONE_PASS)
         meter = workloads.PhaseMeter(world, learner)
@@ -120,7 +124,7 @@ def test_the_learners_peak_does_not_grow_by_logits(script: Any) -> None:
         assert int(trajectories.mask.sum()) == prompts * 64  # no response ends early
         learner.update(trajectories, *learner.credit(trajectories))
         peaks.append(meter.bytes["learning"][0] - meter.base)
-    assert peaks[1] - peaks[0] < 1024 * 4 * vocabulary / 4
+    assert peaks[2] - peaks[1] < 2048 * 4 * vocabulary / 4
 
 
 # A GPU, without one ----------------------------------------------------------------------------------------------

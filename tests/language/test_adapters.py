@@ -96,12 +96,13 @@ def test_the_layer_adds_alpha_by_rank_times_b_a_x() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_the_model_is_plain_and_says_the_same(kind: str) -> None:
-    model = adapted(kind)
+    model = adapted(kind).double()  # float32 rounds by 2e-5, and otherwise on other processors
     expected = log_probs(model)
     merged = merge_adapters(model)
     assert dict(merged.named_parameters()).keys() == dict(make_model(kind).named_parameters()).keys()
     assert all(parameter.requires_grad for parameter in merged.parameters())
-    assert float((log_probs(merged) - expected).abs().max()) < 1e-5
+    # 2e-14 at most on 20 seeds; norms are float32 all the same, where one rounding may fall otherwise
+    assert float((log_probs(merged) - expected).abs().max()) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -55,7 +55,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
 
 @pytest.fixture(params=[True, False], ids=["here", "without instructions"])
 def bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN as it is on this processor, and as it is on one that has no instructions for bfloat16."""
+    """What oneDNN can on this processor, and on one that has no instructions for bfloat16."""
     if not request.param:
         monkeypatch.setattr(products, "ONEDNN", frozenset({torch.float32}))
 
@@ -124,9 +124,7 @@ def test_packed_weights_are_let_go_when_drawing_fails() -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", MAKE)
-def test_bfloat16_rounds_the_factors_alone(
-    kind: str, packed: bool, calls: list[torch.dtype], bfloat16: None
-) -> None:
+def test_bfloat16_rounds_the_factors_alone(kind: str, packed: bool, calls: list[torch.dtype], bfloat16: None) -> None:
     plain, fast = twins(kind)
     inputs = torch.randn(6, 96)
     with torch.no_grad():

@@ -381,7 +381,7 @@ def test_a_function_that_hangs_is_left_behind() -> None:
             RewardError, match=r"has not returned after 0.2 s for 1 completions: mend it, or raise `--reward"
         ):
             rewards(["p"], ["a"], [[]], {})
-        assert time.perf_counter() - start < 5
+        assert time.perf_counter() - start < 30  # it would take 60
         hang = False
         assert rewards(["p"], ["a"], [[]], {}).total == [1]  # a later call is not held up by the one left behind
     release.set()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import random
 import sqlite3
-import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -146,34 +144,6 @@ def test_a_store_of_another_layout_is_refused_in_one_line(tmp_path: Path) -> Non
     for use in (read_episodes, EpisodeStore):
         with pytest.raises(UserError, match=r"episodes\.db: has layout 0 of an older version of Tether, expected 1"):
             use(tmp_path)
-
-
-def test_512_episodes_of_200_tokens_are_stored_fast(tmp_path: Path) -> None:
-    source = random.Random(0)
-    numbers = [source.gauss(0, 1) for _ in range(200)]
-    likeliest = [(" token", 0.5), (" other", 0.25), (" third", 0.125), (" last", 0.0625), ("", 0.03)]
-    made = replace(
-        episode(),
-        actions=[" token"] * 200,
-        action_ids=list(range(30_000, 30_200)),
-        log_probs=numbers,
-        values=numbers,
-        rewards=numbers,
-        advantages=numbers,
-        returns=numbers,
-        reference_log_probs=numbers,
-        new_log_probs=numbers,
-        entropies=numbers,
-        alternatives=[likeliest] * 200,
-    )
-    store = EpisodeStore(tmp_path)
-    seconds = []
-    for iteration in (1, 2, 3):
-        start = time.process_time()  # not that of whatever else the machine is doing
-        store.append(iteration, [made] * 512)
-        seconds.append(time.process_time() - start)
-    store.close()
-    assert min(seconds) < 0.3, seconds
 
 
 def test_errors_name_the_file(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
-
 def _by_onednn(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     result: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
     return result
