@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import torch
 
 from tether.errors import UserError, reason
 
+AUTO = "auto"
 
-def check_device(device: str) -> None:
-    """Raises UserError where torch cannot hold a number on this device."""
+
+def choose_device(device: str) -> str:
+    """The device that is meant: `auto` is cuda where torch finds one, else cpu. MPS is used where it is named.
+
+    Raises:
+        UserError: torch cannot hold a number on this device.
+    """
+    if device == AUTO:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # the last: meta, which holds no numbers
         raise UserError(f"device is {device!r}, which torch cannot use here ({reason(error)})") from error
+    return device
 
 
 def check_compiler(device: str) -> None:
@@ -23,12 +35,14 @@ def check_compiler(device: str) -> None:
         raise UserError(f"compile is set, but torch.compile does not work here ({reason(error)})") from error
 
 
-def multiplies_bfloat16(device: str) -> bool:
-    """Whether the device has instructions for products of bfloat16 matrices, which are the faster ones then."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if kind == "cpu":
-        able = torch.cpu.get_capabilities()
-        return any(bool(able.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last: ARM
-    return False
+def busy_seconds(function: Callable[[], object], device: torch.device) -> float:
+    """How long one call keeps a GPU busy, or else the processor, all threads together: others' work does not count."""
+    if device.type != "cuda":
+        started = time.process_time()
+        function()
+        return time.process_time() - started
+    torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    function()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - started

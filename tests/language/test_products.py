@@ -18,6 +18,7 @@ from tether.language.products import (
     FastConv1D,
     FastEmbedding,
     FastLinear,
+    bfloat16_pays,
     bfloat16_products,
     full_product,
     packed_weights,
@@ -239,6 +240,41 @@ def test_onednn_is_asked_what_it_multiplies_here(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(products, "_by_onednn", refuse)
     assert not products._onednn_multiplies(torch.bfloat16)
+
+
+@pytest.mark.parametrize(("seconds", "pays"), [((1.0, 0.5), True), ((1.0, 0.95), False), ((1.0, 1.9), False)])
+def test_bfloat16_pays_where_it_is_measured_to_be_faster(
+    seconds: tuple[float, float], pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the processor's list of instructions says."""
+    tried: list[tuple[torch.Size, bool]] = []
+    forward = FastLinear.forward
+
+    def note(layer: FastLinear, inputs: Tensor) -> Tensor:
+        tried.append((layer.weight.shape, products.low_precision()))
+        return forward(layer, inputs)
+
+    def busy(function: Callable[[], Any], device: torch.device) -> float:
+        with monkeypatch.context() as any_processor:
+            any_processor.setattr(products, "ONEDNN", frozenset())
+            function()
+        return seconds[tried[-1][1]]
+
+    monkeypatch.setattr(FastLinear, "forward", note)
+    monkeypatch.setattr(products, "ONEDNN", frozenset({torch.float32, torch.bfloat16}))
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    monkeypatch.setattr(products, "busy_seconds", busy)
+    assert bfloat16_pays(make_model("llama")) == pays
+    largest = torch.Size([32, 16])  # but for the output layer
+    assert set(tried) == {(largest, False), (largest, True)}
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
+
+
+def test_without_instructions_for_bfloat16_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "ONEDNN", frozenset({torch.float32}))
+    monkeypatch.setattr(products, "busy_seconds", None)
+    assert not bfloat16_pays(make_model("llama"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

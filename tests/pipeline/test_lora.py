@@ -361,7 +361,7 @@ def test_settings_that_contradict_each_other(options: dict[str, Any], message: s
 def test_quantization_needs_a_gpu_and_bitsandbytes(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="quantization is 4bit, which needs a CUDA device; found device cpu"):
         build_ppo(settings(base, tmp_path, quantization="4bit"), parts())
-    monkeypatch.setattr("tether.language.models.check_device", lambda device: None)
+    monkeypatch.setattr("tether.language.models.choose_device", lambda device: device)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="quantization is 8bit, which needs bitsandbytes; install it"):
         load_causal_lm(base, device="cuda", quantization="8bit")
@@ -375,7 +375,7 @@ def test_quantization_asks_transformers_for_it(kind: Any, base: str, monkeypatch
         asked.update(options)
         return make_model(), {"missing_keys": set(), "mismatched_keys": set()}
 
-    monkeypatch.setattr("tether.language.models.check_device", lambda device: None)
+    monkeypatch.setattr("tether.language.models.choose_device", lambda device: device)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr("tether.language.models.AutoModelForCausalLM.from_pretrained", from_pretrained)
     load_causal_lm(base, "bfloat16", "cuda", quantization=kind)

@@ -15,19 +15,21 @@ import pytest
 import torch
 from tests.models import make_model, make_tokenizer
 from tests.run_folders import assert_same_run, metric_lines, newest_checkpoint
-from torch import nn
+from torch import Tensor, nn
 from torch._inductor import config as inductor
 from transformers import AutoModelForCausalLM
 
+from tether.config import config_from_dict
 from tether.errors import RewardError, UserError
+from tether.language import products
 from tether.language.prompts import PromptsConfig
 from tether.language.reference import ReferenceConfig
-from tether.language.sampler import SamplingConfig
+from tether.language.sampler import Sampler, SamplingConfig
 from tether.language.world import CollectConfig
 from tether.pipeline.ppo import Parts, PPOConfig, Trained, build_ppo, train_ppo
 from tether.ppo import AdvantageConfig, KLConfig, LearnerConfig
 from tether.ppo.objective import clipped_surrogate
-from tether.runs import Run, read_episodes, read_metrics
+from tether.runs import Run, read_config, read_episodes, read_metrics
 from tether.train import Iteration, iterate
 
 TEXTS = ["ab", "c", "deab", "fa"]
@@ -341,6 +343,71 @@ def test_a_run_is_not_replaced_unless_asked(tmp_path: Path) -> None:
         train(seed=1)
     assert metric_lines(first.folder) == before
     assert metric_lines(train(seed=1, overwrite=True).folder) != before
+
+
+def test_a_run_that_failed_before_it_had_anything_to_keep_is_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("could not create a primitive descriptor")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Sampler, "sample", fail)
+        with pytest.raises(RuntimeError, match="primitive descriptor"):
+            train_ppo(settings(tmp_path), parts())
+    assert read_config(tmp_path / "run")["seed"] == 0
+    train_ppo(settings(tmp_path, seed=1), parts())
+    assert read_config(tmp_path / "run")["seed"] == 1
+
+
+def test_what_was_left_open_is_decided_once_and_kept_on_resuming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another machine, too, whose products may be faster in the other precision."""
+    asked: list[bool] = []
+
+    def decide(answer: bool) -> None:
+        monkeypatch.setattr("tether.pipeline.ppo.bfloat16_pays", lambda model: asked.append(answer) or answer)
+
+    monkeypatch.setattr("tether.pipeline.ppo.AUTOCAST_FROM", 0)
+    config = settings(tmp_path, model=save_model(tmp_path))
+    assert (config.device, config.autocast) == ("auto", None)
+    rest = Parts(prompts=TEXTS, reward=letters_a)
+    decide(True)
+    whole = train_ppo(replace(config, output=str(tmp_path / "whole")), rest)
+    assert whole.world.policy.autocast
+    first = train_ppo(replace(config, iterations=2), rest)
+    written = read_config(first.folder)
+    assert (written["device"], written["autocast"]) == (str(first.world.policy.device), True)
+    decide(False)
+    again = config_from_dict(PPOConfig, written | {"iterations": 3}, "config.yaml")
+    assert train_ppo(again, rest, resume=True).world.policy.autocast
+    assert asked == [True, True]
+    assert_same_run(tmp_path / "run", whole.folder)
+
+
+def test_bfloat16_is_left_alone_by_models_too_small_to_gain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tether.pipeline.ppo.bfloat16_pays", lambda model: True)
+    world, _ = build_ppo(settings(tmp_path), parts())
+    assert not world.policy.autocast
+
+
+@pytest.mark.parametrize("options", [{"autocast": True}, {"dtype": "bfloat16"}], ids=["autocast", "dtype"])
+def test_bfloat16_runs_on_a_processor_without_instructions_for_it(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        assert weight.dtype == torch.float32, "could not create a primitive descriptor"
+        return by_onednn(inputs, weight, bias)
+
+    by_onednn = products._by_onednn
+    monkeypatch.setattr(products, "ONEDNN", products.ONEDNN - {torch.bfloat16})
+    monkeypatch.setattr(products, "_by_onednn", refuse)
+    monkeypatch.setattr(products, "SMALLEST", 0)
+    monkeypatch.setattr(products, "SMALLEST_PACKED", 0)
+    rest = Parts(prompts=TEXTS, reward=letters_a)
+    trained = train_ppo(settings(tmp_path, model=save_model(tmp_path), **options), rest)
+    assert trained.learner.iteration == 3
 
 
 def test_compiling_without_a_compiler_is_refused_before_anything_is_loaded(

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tether.devices import check_device
+from tether.devices import choose_device
 from tether.errors import UserError, reason
 from tether.language.adapters import LoRAConfig, base_of, give_adapters, has_adapters, merge_adapters, read_adapters
 from tether.pretrained import DTYPES, check_dtype, check_finite, check_folder, check_tokenizer, check_weight_files
@@ -91,7 +91,7 @@ def load_causal_lm(
     check_folder(path)
     _check_config(path, trust_remote_code)
     check_weight_files(path)
-    check_device(device)
+    device = choose_device(device)
     check_dtype(dtype)
     quantized = _quantized(quantization, dtype, device)
     try:
@@ -152,12 +152,12 @@ def check_quantization(quantization: Quantization, lora: LoRAConfig) -> None:
 
 
 def prepare_model(model: PreTrainedModel, device: str = "cpu") -> PreTrainedModel:
-    """Dropout off, on `device`, parameters copied out of any memory map.
+    """Dropout off, on `device` (see `choose_device`), parameters copied out of any memory map.
 
     The copy gives every parameter the alignment of torch's allocator, so that a model that was saved and loaded
     computes bit for bit what it computed before.
     """
-    model.to(device)
+    model.to(choose_device(device))
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     model.eval()

@@ -14,13 +14,18 @@ n = rows of an input, K = its features, M = features of the output.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from tether.devices import busy_seconds
 
 
 def _by_onednn(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,6 +48,9 @@ def _onednn_multiplies(dtype: torch.dtype) -> bool:
 ONEDNN = frozenset(filter(_onednn_multiplies, (torch.float32, torch.bfloat16)))  # the types that it multiplies here
 SMALLEST = 2**20  # n·K·M below which calling oneDNN costs more than it saves
 NARROW = 192  # factors shared by a transposed input: below, oneDNN spends more on laying it out than it saves
+TRIED_ROWS, TRIED_SIZE = 1024, 2**28  # n, and n·K·M at most, of the products that are timed
+ROUNDS = 7  # of which the fastest counts: what else the machine does makes others slower
+PAYS = 0.9  # of the time that float32 takes, at most, for bfloat16 to be worth its rounding
 PACKED_FOR = 8  # rows, at least: a layout for fewer is slow for all others
 SMALLEST_PACKED = 2**14  # weights below which packing them saves nothing
 
@@ -84,6 +92,40 @@ def bfloat16_products(device: torch.device, enabled: bool = True) -> Iterator[No
 def low_precision() -> bool:
     """Whether `bfloat16_products` holds, elsewhere than on CUDA."""
     return _low
+
+
+def bfloat16_pays(model: PreTrainedModel) -> bool:
+    """Whether products in bfloat16 take clearly less time here than in float32.
+
+    That is measured in a fraction of a second, forward and backward, on a layer of the size of the model's largest but
+    for its output layer: a processor may have instructions for bfloat16 and be slower with them.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
+    sizes = [layer.weight.shape for layer in layers if layer is not model.get_output_embeddings()]
+    outputs, features = max(sizes, key=math.prod)
+    device = model.device
+    if device.type == "cpu" and torch.bfloat16 not in ONEDNN:
+        return False
+    layer = nn.utils.skip_init(FastLinear, features, outputs, bias=False, device=device)  # draws no random numbers
+    nn.init.ones_(layer.weight)
+    rows = max(PACKED_FOR, min(TRIED_ROWS, TRIED_SIZE // (features * outputs)))
+    inputs = torch.ones(rows, features, device=device, requires_grad=True)
+
+    def multiply(low: bool) -> None:
+        with bfloat16_products(device, low):
+            layer(inputs).sum().backward()
+
+    times: dict[bool, list[float]] = {False: [], True: []}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads that wait for each other keep the processor busy, too
+    try:
+        for _ in range(1 + ROUNDS):
+            for low, taken in times.items():
+                taken.append(busy_seconds(functools.partial(multiply, low), device))
+    finally:
+        torch.set_num_threads(threads)
+    in_float32, in_bfloat16 = (min(taken[1:]) for taken in times.values())  # the first sets up what lasts
+    return in_bfloat16 < PAYS * in_float32
 
 
 @contextmanager

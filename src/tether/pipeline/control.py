@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from tether.control.normalisation import ObservationNormaliser
 from tether.control.policy import ControlPolicy, NetworkConfig
 from tether.control.vectors import success_of
 from tether.control.world import ControlCollectConfig, ControlWorld, load_policy
-from tether.devices import check_device
+from tether.devices import AUTO, choose_device
 from tether.errors import UserError
 from tether.pipeline.training import Trained, restore, train_in_folder
 from tether.ppo import AdvantageConfig, Learner, LearnerConfig
@@ -49,8 +49,9 @@ class ControlConfig:
     """Environment steps of the run, over all environments; the last iteration is done whole."""
     seed: int = 0
     """Of everything random: the networks, the actions, the environments, the order of minibatches."""
-    device: str = "cpu"
-    """Torch device of the networks, e.g. cpu or cuda."""
+    device: str = "auto"
+    """Torch device of the networks, e.g. cpu or cuda. auto: for images cuda where there is one; else cpu, on which the
+    small networks for vectors are faster."""
     threads: int | None = None
     """Threads of torch. None: one for vectors, whose small networks are slower with more; its own number for images."""
     checkpoint_every: int = 50
@@ -101,14 +102,15 @@ def build_control(config: ControlConfig, checkpoint: Path | None = None) -> tupl
     """
     if not config.env:
         raise UserError("no environment given: name one with --env, such as CartPole-v1")
-    check_device(config.device)
+    if config.device != AUTO:
+        choose_device(config.device)  # before any environment is made
     if checkpoint is not None:
         _refuse_other_environments(config, checkpoint)
     seed_random_states(config.seed)
     environments = Environments(config.env, config.environments, config.seed)
     try:
         policy = ControlPolicy(environments.observation_space, environments.action_space, config.network, config.seed)
-        policy.to(config.device)
+        policy.to(_device(config, environments))
         if checkpoint is None:
             _try_out(environments, policy)
         fewest = config.learner.minibatches
@@ -125,6 +127,11 @@ def build_control(config: ControlConfig, checkpoint: Path | None = None) -> tupl
         environments.close()  # worker processes would stay
         raise
     return world, learner
+
+
+def _device(config: ControlConfig, environments: Environments) -> str:
+    vectors = len(environments.observation_space.shape) == 1
+    return "cpu" if config.device == AUTO and vectors else choose_device(config.device)
 
 
 def _films(config: ControlConfig, environments: Environments) -> Films | None:
@@ -183,7 +190,14 @@ def train_control(
 
     threads_before = torch.get_num_threads()
     try:
-        return train_in_folder(config, build, resume, report, lambda world: kept)
+        return train_in_folder(
+            config,
+            build,
+            resume,
+            report,
+            lambda world: kept,
+            settled=lambda world: replace(config, device=str(world.policy.device)),
+        )
     finally:
         torch.set_num_threads(threads_before)
 

@@ -50,8 +50,8 @@ class EvalConfig:
     """Replace files that are already there."""
     seed: int = 0
     """Of the sampler."""
-    device: str = "cpu"
-    """Torch device, e.g. cpu or cuda."""
+    device: str = "auto"
+    """Torch device, e.g. cpu or cuda:1. auto: cuda where there is one, else cpu."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the model's parameters."""
     trust_remote_code: bool = False

@@ -58,8 +58,8 @@ class LabelConfig:
     """Replace a file that is already there; a set that holds answers is never replaced."""
     seed: int = 0
     """Of the sampler, and of the order of prompts."""
-    device: str = "cpu"
-    """Torch device, e.g. cpu or cuda."""
+    device: str = "auto"
+    """Torch device, e.g. cpu or cuda:1. auto: cuda where there is one, else cpu."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the models' parameters."""
     trust_remote_code: bool = False

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tether.devices import check_compiler, multiplies_bfloat16
+from tether.devices import check_compiler, choose_device
 from tether.errors import UserError
 from tether.language.adapters import LoRAConfig, base_of, give_adapters, read_weights
 from tether.language.models import (
@@ -27,6 +27,7 @@ from tether.language.models import (
     prepare_tokenizer,
 )
 from tether.language.policy import Critic, LanguagePolicy
+from tether.language.products import bfloat16_pays
 from tether.language.prompts import Prompt, PromptsConfig, load_prompts, prompts_from_rows
 from tether.language.reference import AdapterReference, ModelReference, Reference, ReferenceConfig
 from tether.language.sampler import Sampler, SamplingConfig
@@ -61,13 +62,14 @@ class PPOConfig:
     """Turns of collect, credit, update."""
     seed: int = 0
     """Of everything random: the value head's trunk, the order of prompts and minibatches, the sampler."""
-    device: str = "cpu"
-    """Torch device, e.g. cpu or cuda."""
+    device: str = "auto"
+    """Torch device, e.g. cpu or cuda:1. auto: cuda where there is one, else cpu."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the model's parameters. The value head, log-probabilities and losses are float32 always."""
     autocast: bool | None = None
-    """Multiply matrices in bfloat16; parameters, gradients, logits, values and losses stay in `dtype`. None: where the
-    hardware has instructions for it and the model has 5 million parameters or more, below which it saves no time."""
+    """Multiply matrices in bfloat16; parameters, gradients, logits, values and losses stay in `dtype`. None: a
+    measurement at the start decides for models of 5 million parameters or more; below that it saves no time. What was
+    decided is written to config.yaml, and a resumed run keeps to it."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
     compile: bool = False
@@ -181,6 +183,7 @@ def build_ppo(
         UserError: a model, prompts or reward that cannot be used.
     """
     keep_freed_memory()
+    config = replace(config, device=choose_device(config.device))
     parts = parts or Parts()
     if config.compile:
         check_compiler(config.device)
@@ -273,7 +276,7 @@ def _autocast(config: PPOConfig, model: PreTrainedModel) -> bool:
     if config.autocast is not None:
         return config.autocast
     large = sum(parameter.numel() for parameter in model.parameters()) >= AUTOCAST_FROM
-    return large and config.dtype == "float32" and multiplies_bfloat16(config.device)
+    return large and config.dtype == "float32" and bfloat16_pays(model)
 
 
 def _critic(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> Critic | None:
@@ -283,6 +286,11 @@ def _critic(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequ
     longest = max(len(prompt.token_ids) for prompt in prompts) + config.sampling.max_new_tokens
     options = (config.dtype, config.device, config.trust_remote_code)
     return critic_from_reward_model(config.value_model, tokenizer, longest, config.lora, *options)
+
+
+def _settled(config: PPOConfig, world: LanguageWorld) -> PPOConfig:
+    """With what was decided for this machine, so that the run goes on in the same way on another."""
+    return replace(config, device=str(world.policy.device), autocast=world.policy.autocast)
 
 
 def _constants(world: LanguageWorld) -> dict[str, Any]:
@@ -319,6 +327,7 @@ def train_ppo(
         resume,
         report,
         _constants,
+        settled=lambda world: _settled(config, world),
         begin=lambda world, folder: draw_frontier(world, folder, config.frontier, config.seed),
         alarms=config.alarms,
     )

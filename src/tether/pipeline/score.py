@@ -51,8 +51,8 @@ class ScoreConfig:
     """Texts longer than the model's context lose their beginning. Off: they are an error."""
     microbatch_tokens: int = 8192
     """Tokens (padding included) that go through the model at once."""
-    device: str = "cpu"
-    """Torch device, e.g. cpu or cuda."""
+    device: str = "auto"
+    """Torch device, e.g. cpu or cuda:1. auto: cuda where there is one, else cpu."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the model's parameters."""
     trust_remote_code: bool = False

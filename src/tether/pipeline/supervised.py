@@ -75,8 +75,8 @@ class SupervisedConfig:
     """Precision of the weights, their gradients and Adam's moments. The loss is float32 always."""
     autocast: bool = False
     """Compute matrix products in bfloat16 while the weights stay float32."""
-    device: str = "cpu"
-    """Torch device, e.g. cpu or cuda."""
+    device: str = "auto"
+    """Torch device, e.g. cpu or cuda:1. auto: cuda where there is one, else cpu."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model from the hub. Off: such models are refused."""
     seed: int = 0

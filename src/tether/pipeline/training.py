@@ -75,6 +75,7 @@ def train_in_folder(
     resume: bool = False,
     report: Callable[[Iteration], None] | None = None,
     constants: Callable[[WorldT], dict[str, Any]] | None = None,
+    settled: Callable[[WorldT], RunSettings] | None = None,
     begin: Callable[[WorldT, Path], None] | None = None,
     alarms: AlarmsConfig | None = None,
 ) -> Trained[WorldT]:
@@ -90,6 +91,8 @@ def train_in_folder(
         resume: go on with the run that the folder holds.
         report: told of every iteration, after it was logged.
         constants: of the world; kept in each checkpoint beside the state, for `build` to compare.
+        settled: the configuration with what building decided in place of what was left open; it is written into the
+            folder instead of `config`, so that the run is resumed with the same.
         begin: called with the world and the folder before the first iteration, again where a run is resumed that was
             killed before its first checkpoint. It must leave all random states as they were.
         alarms: when to raise one; each is logged as a warning and written to the folder. None: never.
@@ -102,6 +105,8 @@ def train_in_folder(
         refuse_run(folder)
     # A mistake found while building must leave the folder as it was: a new run is made, and an old one changed, after.
     built = None if resume else build(None)
+    if built is not None and settled is not None:
+        config = settled(built[0])
     with _opened(config, folder, resume) as run:
         found = run.latest_checkpoint() if resume else None
         world, learner = built or build(found[1] if found else None)
@@ -112,7 +117,7 @@ def train_in_folder(
             )
         if resume:
             run.rewind(learner.iteration)
-            run.update_config(config_to_dict(config))
+            run.update_config(config_to_dict(config if settled is None else settled(world)))
         saved, newest = learner.iteration, found[1] if found else None
         constant = constants(world) if constants is not None else {}
         watch = AlarmLog(folder, alarms) if alarms is not None else None

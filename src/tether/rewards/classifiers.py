@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tether.devices import check_device
+from tether.devices import choose_device
 from tether.errors import UserError, reason
 from tether.pretrained import (
     DTYPES,
@@ -41,7 +41,7 @@ def load_classifier(
     Args:
         path: folder or hub name.
         dtype: float32, bfloat16 or float16.
-        device: a torch device.
+        device: see `choose_device`.
         new_head_seed: a model without such a head, such as a causal LM, gets one: normal weights of standard deviation
             1/√(hidden size + 1) drawn from this seed (Stiennon et al. 2020), no bias. None: that is an error.
         trust_remote_code: run Python code that comes with the model.
@@ -53,7 +53,7 @@ def load_classifier(
 
     check_folder(path, "reward model", "`path`")
     check_weight_files(path)
-    check_device(device)
+    device = choose_device(device)
     check_dtype(dtype)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)

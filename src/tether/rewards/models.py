@@ -168,8 +168,8 @@ class ModelReward:
     """Mean 0 and standard deviation 1 on the samples that the model was normalised on."""
     truncate: bool = False
     """Texts longer than the model's context lose their beginning; otherwise they are an error."""
-    device: str = "cpu"
-    """Torch device, e.g. cpu or cuda."""
+    device: str = "auto"
+    """Torch device, e.g. cpu or cuda:1. auto: cuda where there is one, else cpu."""
     dtype: str = "float32"
     """Precision of the weights."""
     model: RewardModel = field(init=False, repr=False)

@@ -254,8 +254,11 @@ def latest_checkpoint(folder: str | Path) -> tuple[int, Path] | None:
 
 
 def refuse_run(folder: Path) -> None:
-    """UserError where the folder holds a run, for those who would start another there."""
-    names = (CONFIG_FILE, METRICS_FILE, EPISODES_FILE, CHECKPOINTS_FOLDER)
+    """UserError where the folder holds a run, for those who would start another there.
+
+    A run that failed before it had anything to keep, a configuration alone, is in nobody's way.
+    """
+    names = (METRICS_FILE, EPISODES_FILE, CHECKPOINTS_FOLDER, UNSCORED_FILE)
     if any((folder / name).exists() for name in names):
         raise UserError(
             f"{folder}: holds a run already; go on with it by --resume, choose another folder, "
