@@ -3,16 +3,21 @@
 A language model and its tokenizer are made on the spot and fine-tuned on arithmetic whose answers are often wrong, so
 that the model knows the form of an answer and, at best, what is likelier right than wrong. Then a verifier is the only
 teacher: +1 for a right answer, −1 for a wrong one, and β·KL holds the policy to the fine-tuned model.
+
+"What is 2 + 2?" is among the sums that are practised; how far the model can add is measured on others.
 """
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GPT2Config,
@@ -23,14 +28,16 @@ from transformers import (
 )
 
 from tether.episode import Episode
+from tether.language.context import TokenContext
 from tether.language.models import prepare_model
 from tether.language.policy import LanguagePolicy
 from tether.language.prompts import Prompt
+from tether.language.reference import ModelReference, Reference
 from tether.language.sampler import Sampler, SamplingConfig
 from tether.language.world import CollectConfig, LanguageWorld
 from tether.pipeline.ppo import Parts, PPOConfig, Trained, train_ppo
 from tether.pipeline.sft import SFTConfig, fine_tune
-from tether.ppo import AdvantageConfig, KLConfig, Learner, LearnerConfig
+from tether.ppo import AdvantageConfig, KLConfig, KLController, Learner, LearnerConfig
 from tether.rewards import Rewards, RewardsConfig
 from tether.runs import Display
 from tether.runs.episode_table import episode_table
@@ -38,6 +45,8 @@ from tether.runs.episode_table import episode_table
 FIRST_QUESTION = (2, 2)
 EOS = "</s>"
 SFT_BATCH = 128  # answers in each step of fine-tuning
+BETA = 0.05
+ANSWERS = 8  # to the first question, shown before and after
 
 
 @dataclass(frozen=True)
@@ -58,8 +67,16 @@ class DemoConfig:
     """Optimizer steps of fine-tuning."""
     iterations: int = 100
     """Iterations of PPO."""
+    device: str = "cpu"
+    """Torch device, e.g. cpu or cuda. A GPU is no faster with a model as small as this one."""
+    autocast: bool = False
+    """Multiply matrices in bfloat16."""
+    threads: int | None = None
+    """Threads of torch. None: its own number."""
 
     def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads is {self.threads}, expected at least 1")
         if self.largest < 9:
             raise ValueError(f"largest is {self.largest}, expected at least 9")
         for name in ("held_out", "wrong"):
@@ -71,25 +88,52 @@ class DemoConfig:
 
 
 @dataclass(frozen=True)
-class DemoResult:
-    """Share of right sampled answers to held-out problems, before and after PPO, and the KL that PPO spent."""
+class Exam:
+    """How well a policy adds, by sampled answers to the sums held out, and how it answers the first question.
 
-    accuracy_before: float
-    accuracy_after: float
+    Attributes:
+        accuracy: share of right answers to the sums held out.
+        kl: to the fine-tuned model, nats per answer.
+        objective: E[r] − β·KL.
+        probability: π("4</s>" | "What is 2 + 2?"), exact.
+        answers: to the first question, each (text, score).
+    """
+
+    accuracy: float
     kl: float
+    objective: float
+    probability: float
+    answers: list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """The exam before and after PPO, and one episode after it."""
+
+    before: Exam
+    after: Exam
     seconds: float
     episode: Episode
 
 
 def demo(config: DemoConfig) -> DemoResult:
     """Run the demonstration and print it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads or threads)
+    try:
+        return _demonstrate(config)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _demonstrate(config: DemoConfig) -> DemoResult:
     started = time.perf_counter()
     console = Console(highlight=False, soft_wrap=True)
     rng = random.Random(config.seed)
     torch.manual_seed(config.seed)
     seen, held_out = split_problems(config, rng)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
+    model = make_model(tokenizer, config.device)
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
         f"[bold]1. A model that has read sloppy arithmetic[/bold]\n"
@@ -97,31 +141,37 @@ def demo(config: DemoConfig) -> DemoResult:
         f"{config.wrong:.0%} of the answers wrong\n"
     )
     _fine_tune(config, model, tokenizer, seen, rng)
-    before, _ = accuracy(model, tokenizer, held_out, config.seed)
-    console.print(f"\n   right answers to {len(held_out)} sums that it has never seen: [bold]{before:.1%}[/bold]\n")
+    before = examine(config, exam_world(config, model, tokenizer, held_out))
+    console.print(
+        f"\n   right answers to {len(held_out)} sums that it has never seen: [bold]{before.accuracy:.1%}[/bold]"
+    )
+    _show_answers(console, before)
     console.print(
         "[bold]2. PPO: a verifier is the only teacher[/bold]  (+1 right, −1 wrong, −β·KL to the model above)\n"
     )
     trained = _reinforce(config, model, tokenizer, seen)
-    after, kl = accuracy(model, tokenizer, held_out, config.seed, trained.world)
+    after = examine(config, exam_world(config, model, tokenizer, held_out, trained.world.reference))
     seconds = time.perf_counter() - started
     console.print(
-        f"\n   right answers to the same {len(held_out)} sums: [bold]{before:.1%} → {after:.1%}[/bold], "
-        f"sampled, at {kl:.2f} nats of KL per response; {seconds:.0f} s in all\n"
+        f"\n   right answers to the same {len(held_out)} sums: "
+        f"[bold]{before.accuracy:.1%} → {after.accuracy:.1%}[/bold], "
+        f"sampled, at {after.kl:.2f} nats of KL per response; {seconds:.0f} s in all"
     )
+    _show_answers(console, after)
     episode = one_episode(trained, FIRST_QUESTION, tokenizer)
     _show_episode(console, episode)
+    _what_was_learned(console, episode, before, after)
     _what_next(console, config, trained)
-    return DemoResult(before, after, kl, seconds, episode)
+    return DemoResult(before, after, seconds, episode)
 
 
 def split_problems(config: DemoConfig, rng: random.Random) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Problems for training and problems held out; "2 + 2" is always among the latter."""
+    """Problems for training, "2 + 2" always among them, and problems held out."""
     numbers = range(config.largest + 1)
     problems = [(a, b) for a in numbers for b in numbers if (a, b) != FIRST_QUESTION]
     rng.shuffle(problems)
     count = round(config.held_out * len(problems))
-    return problems[count:], [FIRST_QUESTION, *problems[:count]]
+    return [FIRST_QUESTION, *problems[count:]], problems[:count]
 
 
 def question(problem: tuple[int, int]) -> str:
@@ -142,7 +192,7 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS)
 
 
-def make_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def make_model(tokenizer: PreTrainedTokenizerBase, device: str = "cpu") -> PreTrainedModel:
     """A GPT-2 of a quarter of a million parameters, its weights drawn from torch's global generator."""
     config = GPT2Config(
         vocab_size=len(tokenizer),
@@ -155,7 +205,7 @@ def make_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return prepare_model(GPT2LMHeadModel(config))
+    return prepare_model(GPT2LMHeadModel(config), device)
 
 
 def sloppy_rows(config: DemoConfig, seen: list[tuple[int, int]], rng: random.Random) -> list[dict[str, str]]:
@@ -180,6 +230,7 @@ def sft_settings(config: DemoConfig) -> SFTConfig:
         warmup_steps=30,
         seed=config.seed,
         microbatch_tokens=16384,
+        autocast=config.autocast,
     )
 
 
@@ -190,11 +241,13 @@ def ppo_settings(config: DemoConfig) -> PPOConfig:
         overwrite=True,
         iterations=config.iterations,
         seed=config.seed,
+        device=config.device,
+        autocast=config.autocast,
         checkpoint_every=config.iterations,
         reward=RewardsConfig(functions=("arithmetic",)),
         sampling=SamplingConfig(max_new_tokens=4, batch_size=1024),
         collect=CollectConfig(prompts=512),
-        kl=KLConfig(beta=0.05),
+        kl=KLConfig(beta=BETA),
         advantage=AdvantageConfig(lam=1.0),
         learner=LearnerConfig(
             epochs=2,
@@ -241,26 +294,53 @@ def as_prompts(problems: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBa
     ]
 
 
-def accuracy(
+def exam_world(
+    config: DemoConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     problems: list[tuple[int, int]],
-    seed: int,
-    world: LanguageWorld | None = None,
-) -> tuple[float, float]:
-    """Share of sampled answers that are right, four to each problem, and, given a world, their KL to its reference."""
+    reference: Reference | None = None,
+) -> LanguageWorld:
+    """A world that asks each problem four times at once; without a reference the model is its own."""
+    policy = LanguagePolicy(model, autocast=config.autocast)
+    sampler = Sampler(policy, tokenizer, SamplingConfig(max_new_tokens=4, batch_size=1024), config.seed + 1)
     prompts = as_prompts(problems, tokenizer) * 4
-    sampler = Sampler(LanguagePolicy(model), tokenizer, SamplingConfig(max_new_tokens=4, batch_size=1024), seed + 1)
-    if world is None:
-        texts = sampler.sample([p.token_ids for p in prompts]).texts
-        scores = Rewards(RewardsConfig(("arithmetic",)))(
-            [p.text for p in prompts], texts, [[] for _ in texts], {}
-        ).total
-        return sum(score > 0 for score in scores) / len(scores), 0.0
-    settings = replace(world.config, prompts=len(prompts))
-    exam = LanguageWorld(world.policy, world.reference, sampler, prompts, world.rewards, world.kl, settings, seed)
-    metrics = exam.metrics(exam.collect())
-    return (metrics["score"] + 1) / 2, metrics["kl"]
+    return LanguageWorld(
+        policy,
+        reference or ModelReference(copy.deepcopy(model)),
+        sampler,
+        prompts,
+        Rewards(RewardsConfig(("arithmetic",))),
+        KLController(KLConfig(beta=BETA)),
+        CollectConfig(prompts=len(prompts)),
+        config.seed,
+    )
+
+
+def examine(config: DemoConfig, world: LanguageWorld) -> Exam:
+    """Sampled answers to the world's sums, and to the first question."""
+    metrics = world.metrics(world.collect())
+    (first,) = as_prompts([FIRST_QUESTION], world.tokenizer)
+    texts = world.sampler.sample([first.token_ids] * ANSWERS).texts
+    scores = world.rewards([first.text] * ANSWERS, texts, [[] for _ in texts], {}).total
+    return Exam(
+        accuracy=(metrics["score"] + 1) / 2,
+        kl=metrics["kl"],
+        objective=metrics["score"] - BETA * metrics["kl"],
+        probability=answer_probability(world.policy, world.tokenizer, FIRST_QUESTION),
+        answers=list(zip(texts, scores, strict=True)),
+    )
+
+
+@torch.no_grad()
+def answer_probability(policy: LanguagePolicy, tokenizer: PreTrainedTokenizerBase, problem: tuple[int, int]) -> float:
+    """π(y|x) of the right answer and eos, as one response to the problem."""
+    (prompt,) = as_prompts([problem], tokenizer)
+    response = [*tokenizer(str(sum(problem))).input_ids, tokenizer.eos_token_id]
+    context = TokenContext.from_ids([prompt.token_ids], [response], device=policy.device)
+    actions = torch.tensor([response], device=policy.device)
+    log_probs = policy.evaluate(context, actions, torch.ones_like(actions, dtype=torch.bool)).log_probs
+    return float(log_probs.double().sum().exp())
 
 
 def one_episode(
@@ -282,14 +362,46 @@ def one_episode(
     return alone.episodes(trajectories, *learner.credit(trajectories))[0]
 
 
+def _show_answers(console: Console, exam: Exam) -> None:
+    answers = "  ".join(f"{text!r} {score:+.0f}" for text, score in exam.answers).replace("-", "−")
+    console.print(
+        f'   "{question(FIRST_QUESTION)}", which it practises, sampled {len(exam.answers)} times: {answers}\n'
+        f"   the right answer has probability {exam.probability:.3f}\n"
+    )
+
+
 def _show_episode(console: Console, episode: Episode) -> None:
     verdict = "right: +1" if episode.score > 0 else "wrong: −1"
-    console.print(f'[bold]3. One episode[/bold]  the prompt "{episode.prompt}", which it has never been trained on\n')
+    console.print(f'[bold]3. One episode[/bold]  the prompt "{episode.prompt}", one of the sums that it practised\n')
     console.print(episode_table(episode))
     console.print(
-        f'\n   "{episode.response}" is {verdict}. Each token is an action; the score comes with the last, −β·KL with\n'
+        f'   "{episode.response}" is {verdict}. Each token is an action; the score comes with the last, −β·KL with\n'
         "   each. V(s) is what the critic expected before the action; the advantage is what came beyond that.\n"
     )
+
+
+def _what_was_learned(console: Console, episode: Episode, before: Exam, after: Exam) -> None:
+    words = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
+    actions = ", then ".join(map(repr, episode.actions))
+    values = ", then ".join(f"{value:+.3f}" for value in episode.values)
+    advantages = ", ".join(f"{advantage:+.3f}" for advantage in episode.advantages)
+    rows = [
+        ("state", "the prompt and the tokens so far"),
+        ("action", f"the next token: {actions}"),
+        ("policy π(a|s)", f"the model's softmax: π(right answer) {before.probability:.3f} → {after.probability:.3f}"),
+        ("reward", "+1 or −1 with the last token, −β·KL with each"),
+        ("value V(s)", f"what is expected from here on: {values}"),
+        ("advantage", f"how much better it came: {advantages}"),
+        ("KL(π‖π_ref)", f"how far π has moved, nats per response: {before.kl:.2f} → {after.kl:.2f}"),
+        (
+            "E[r] − β·KL",
+            f"what PPO maximises: {before.objective:+.3f} → {after.objective:+.3f}, on the sums never seen",
+        ),
+    ]
+    for row in rows:
+        words.add_row(*row)
+    console.print("[bold]4. What was learned, in the words of reinforcement learning[/bold]\n")
+    console.print(Padding(words, (0, 0, 1, 3)))
 
 
 def _what_next(console: Console, config: DemoConfig, trained: Trained[LanguageWorld]) -> None:
