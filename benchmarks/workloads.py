@@ -150,7 +150,7 @@ class PhaseMeter:
         self.seconds: dict[str, list[float]] = {}
         self.bytes: dict[str, list[int]] = {}
         self._watch(world.sampler, "sample", "sampling")
-        self._watch(world.reference, "log_probs", "reference")
+        self._watch(world, "_trajectories", "reference")
         self._watch(learner, "update", "learning")
         from tether.memory import old_objects_left_alone
 

@@ -12,6 +12,7 @@ import itertools
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
@@ -433,15 +434,25 @@ def test_point_5_reference_at_the_sampling_temperature(temperature: float) -> No
         torch.testing.assert_close(batch.reference_log_probs[row, : len(response)], exact, atol=1e-5, rtol=1e-4)
 
 
-def test_point_5_k3_is_reported() -> None:
+def test_point_5_the_kl_over_the_whole_vocabulary_is_reported() -> None:
     world = make_world()
     batch = world.collect()
-    log_ratio = (batch.reference_log_probs - batch.log_probs) * batch.mask
-    k3 = (log_ratio.exp() - 1 - log_ratio).sum(1)
+    nats, lengths = [], []
+    for row in range(len(batch)):
+        prompt, response = split(batch, row)
+        before = torch.arange(len(response)) + len(prompt) - 1
+        policy, reference = (
+            plain_forward(model, prompt + response)[0][before].double().log_softmax(-1)
+            for model in (world.policy.model, world.reference.model)
+        )
+        nats.append(float((policy.exp() * (policy - reference)).sum()))
+        lengths.append(len(response))
     metrics = world.metrics(batch)
-    assert metrics["kl"] == pytest.approx(float(k3.mean()), rel=1e-5)
-    assert metrics["kl_per_token"] == pytest.approx(float(k3.sum() / batch.mask.sum()), rel=1e-5)
-    assert metrics["kl_k1"] == pytest.approx(float(-log_ratio.sum(1).mean()), rel=1e-5)
+    assert metrics["kl"] == pytest.approx(np.mean(nats), rel=1e-4)
+    assert metrics["kl_error"] == pytest.approx(np.std(nats, ddof=1) / len(nats) ** 0.5, rel=1e-4)
+    assert metrics["kl_per_token"] == pytest.approx(sum(nats) / sum(lengths), rel=1e-4)
+    k1 = ((batch.log_probs - batch.reference_log_probs) * batch.mask).sum(1)
+    assert metrics["kl_k1"] == pytest.approx(float(k1.mean()), rel=1e-5)
 
 
 REFERENCE = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log()

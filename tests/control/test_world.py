@@ -507,7 +507,6 @@ def test_the_kl_to_a_reference_is_taken_from_each_reward_or_left_to_the_loss(pla
     metrics = world.metrics(trajectories)
     pieces = int((trajectories.terminated | trajectories.truncated).sum())
     assert metrics["kl_k1"] == pytest.approx(float(k1.sum()) / pieces, rel=1e-3)
-    assert metrics["kl"] > 0
     zeros = torch.zeros(mask.shape)
     for episode in world.episodes(trajectories, zeros, zeros):
         assert episode.reference_log_probs is not None

@@ -11,10 +11,10 @@ from tests.toy import relative_error
 from torch import Tensor
 
 from tether.language.context import TokenContext
+from tether.language.divergence import reference_log_probs
 from tether.language.head import action_log_probs, keep_likeliest
 from tether.language.policy import LanguagePolicy
 from tether.language.reading import Reader, decode_step, output_head, plain_layout
-from tether.language.reference import reference_log_probs
 
 PROMPTS = [list(prompt.token_ids) for prompt in make_prompts(5)]
 RESPONSES = [[4, 5, 6, EOS], [7], [8, 9, 10, 11, 12, 13], [EOS], [14, 15, EOS]]

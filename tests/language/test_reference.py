@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from tether.errors import UserError
 from tether.language.adapters import POLICY, REFERENCE, LoRAConfig, adapter_weights, give_adapters
+from tether.language.divergence import reference_log_probs
 from tether.language.policy import LanguagePolicy
 from tether.language.reading import Reader
 from tether.language.reference import (
@@ -21,12 +22,16 @@ from tether.language.reference import (
     ModelReference,
     Reference,
     ReferenceConfig,
-    reference_log_probs,
 )
 from tether.runs.state import load_state, save_state
 
 BATCH = make_world().collect()
 ASKED = (BATCH.context, BATCH.actions, BATCH.mask)
+
+
+def log_probs_of(reference: Reference) -> Tensor:
+    with reference.as_model():
+        return reference_log_probs(reference.reader, *ASKED)
 
 
 def weights(model: Any) -> dict[str, Tensor]:
@@ -56,7 +61,7 @@ def test_on_the_disk_between_uses_and_the_same_to_the_bit() -> None:
     for _ in range(2):
         assert file.stat().st_size == 4 * sum(p.numel() for p in make_model().parameters())
         assert sum(p.numel() for p in reference.model.parameters()) == 0
-        assert torch.equal(reference.log_probs(*ASKED), expected)
+        assert torch.equal(log_probs_of(reference), expected)
     with reference.as_model() as model:
         assert weights(model).keys() == weights(make_model()).keys()
         assert sum(p.numel() for p in model.parameters()) > 0
@@ -75,13 +80,13 @@ def test_in_the_memory_of_the_host_between_uses(monkeypatch: pytest.MonkeyPatch)
         here = ModelReference(make_model(), ReferenceConfig(**options))
         assert sum(p.numel() for p in away.model.parameters()) == 0
         for _ in range(2):
-            assert torch.equal(away.log_probs(*ASKED), here.log_probs(*ASKED))
+            assert torch.equal(log_probs_of(away), log_probs_of(here))
             away.follow(policy)
             here.follow(policy)
         assert sum(p.numel() for p in away.model.parameters()) == 0
         again = ModelReference(make_model(), ReferenceConfig(offload="cpu", **options))
         again.load_state_dict(away.state_dict())
-        assert torch.equal(again.log_probs(*ASKED), here.log_probs(*ASKED))
+        assert torch.equal(log_probs_of(again), log_probs_of(here))
 
 
 def test_there_is_nothing_to_offload_from_a_cpu_to_a_cpu() -> None:
@@ -93,7 +98,7 @@ def test_its_precision_is_its_own() -> None:
     reference = ModelReference(make_model(), ReferenceConfig(dtype="bfloat16"))
     assert {p.dtype for p in reference.model.parameters()} == {torch.bfloat16}
     exact = reference_log_probs(Reader(make_model()), *ASKED)
-    found = reference.log_probs(*ASKED)
+    found = log_probs_of(reference)
     assert found.dtype == torch.float32
     assert 0 < float((found - exact).abs().max()) < 0.5
 
@@ -103,7 +108,7 @@ def test_adapters_off_is_the_base_to_the_bit() -> None:
     reference = AdapterReference(model)
     expected = reference_log_probs(Reader(make_model()), *ASKED)
     move(model)
-    assert torch.equal(reference.log_probs(*ASKED), expected)
+    assert torch.equal(log_probs_of(reference), expected)
     assert float((reference_log_probs(Reader(model), *ASKED) - expected)[BATCH.mask].abs().max()) > 0.1
     assert reference.fingerprint == ModelReference(make_model()).fingerprint
     assert not adapter_weights(model, REFERENCE)  # and costs nothing
@@ -114,7 +119,7 @@ def test_adapters_that_were_trained_before_belong_to_the_reference() -> None:
     expected = reference_log_probs(Reader(model), *ASKED)
     reference = AdapterReference(model, trained=True)
     move(model, seed=2)
-    assert torch.equal(reference.log_probs(*ASKED), expected)
+    assert torch.equal(log_probs_of(reference), expected)
     assert reference.fingerprint != ModelReference(make_model()).fingerprint
     other = AdapterReference(adapted(scale=0.2), trained=True)
     assert other.fingerprint != reference.fingerprint
@@ -126,7 +131,7 @@ def test_adapters_that_were_trained_before_belong_to_the_reference() -> None:
 def test_one_that_stands_still_does_not_hear_of_the_policy() -> None:
     reference = ModelReference(make_model())
     reference.follow(LanguagePolicy(perturbed(make_model())))
-    assert torch.equal(reference.log_probs(*ASKED), reference_log_probs(Reader(make_model()), *ASKED))
+    assert torch.equal(log_probs_of(reference), reference_log_probs(Reader(make_model()), *ASKED))
     assert reference.state_dict() == {}
 
 
@@ -168,7 +173,7 @@ def test_adapters_follow_by_their_matrices() -> None:
     model = adapted()
     start = {name: w.detach().clone() for name, w in adapter_weights(model, POLICY).items()}
     reference = AdapterReference(model, ReferenceConfig(ema=0.75))
-    assert torch.equal(reference.log_probs(*ASKED), reference_log_probs(Reader(make_model()), *ASKED))
+    assert torch.equal(log_probs_of(reference), reference_log_probs(Reader(make_model()), *ASKED))
     policy = LanguagePolicy(move(model))
     reference.follow(policy)
     twin = adapter_weights(model, REFERENCE)
@@ -188,7 +193,7 @@ def test_adapters_are_reset() -> None:
     reference.follow(policy)
     then = reference_log_probs(Reader(model), *ASKED)
     move(model, seed=5)
-    assert torch.equal(reference.log_probs(*ASKED), then)
+    assert torch.equal(log_probs_of(reference), then)
 
 
 @pytest.mark.parametrize("options", [{"ema": 0.5}, {"reset_every": 2}])
@@ -224,7 +229,7 @@ def test_a_state_brings_back_what_moved_and_is_not_changed_by_what_follows(
     again.load_state_dict(load_state(tmp_path, "reference"))
     learn(other, 3)
     again.follow(other)
-    assert torch.equal(again.log_probs(*ASKED), whole.log_probs(*ASKED))
+    assert torch.equal(log_probs_of(again), log_probs_of(whole))
     assert again.fingerprint == whole.fingerprint == build()[0].fingerprint
 
 

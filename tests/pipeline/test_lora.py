@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from tether.errors import UserError
 from tether.language.adapters import LoRAConfig, adapter_weights, is_adapter, using
+from tether.language.divergence import reference_log_probs
 from tether.language.models import load_causal_lm, load_tokenizer
+from tether.language.reading import Reader
 from tether.language.reference import AdapterReference, ModelReference, ReferenceConfig
 from tether.language.sampler import SamplingConfig
 from tether.language.world import CollectConfig
@@ -107,7 +109,7 @@ def test_the_kl_is_to_the_base(base: str, tmp_path: Path) -> None:
     fixed = ModelReference(make_model())
     for step in iterate(world, learner):
         batch = step.trajectories
-        expected = fixed.log_probs(batch.context, batch.actions, batch.mask)
+        expected = reference_log_probs(fixed.reader, batch.context, batch.actions, batch.mask)
         assert torch.equal(batch.reference_log_probs, expected)
     assert step.metrics["kl"] > 1e-4
 
@@ -283,7 +285,7 @@ def test_adapters_trained_before_go_on_and_are_the_reference(policy: tuple[Path,
     step = next(iterate(world, learner))
     batch = step.trajectories
     assert step.metrics["kl"] < 1e-9
-    expected = ModelReference(model).log_probs(batch.context, batch.actions, batch.mask)
+    expected = reference_log_probs(Reader(model), batch.context, batch.actions, batch.mask)
     assert torch.equal(batch.reference_log_probs, expected)
     whole = train_ppo(config, parts())
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -306,7 +308,8 @@ def test_another_model_may_be_the_reference(base: str, policy: tuple[Path, Any],
     config = settings(base, tmp_path, reference=ReferenceConfig(str(policy[0]), offload="disk"))
     world, learner = build_ppo(config, parts())
     batch = next(iterate(world, learner)).trajectories
-    expected = ModelReference(load_causal_lm(str(policy[0]))).log_probs(batch.context, batch.actions, batch.mask)
+    reader = Reader(load_causal_lm(str(policy[0])))
+    expected = reference_log_probs(reader, batch.context, batch.actions, batch.mask)
     assert torch.equal(batch.reference_log_probs, expected)
 
 

@@ -302,9 +302,8 @@ class ControlWorld:
         mask = trajectories.mask
         metrics["reward"] = float(trajectories.rewards[mask].mean())
         if trajectories.reference_log_probs is not None:
-            for name, estimator in (("kl", "k3"), ("kl_k1", "k1")):
-                kl = estimate_kl(trajectories.log_probs, trajectories.reference_log_probs, estimator)  # type: ignore[arg-type]
-                metrics[name] = float(kl[mask].sum() / (trajectories.terminated | trajectories.truncated).sum())
+            k1 = estimate_kl(trajectories.log_probs, trajectories.reference_log_probs, "k1")
+            metrics["kl_k1"] = float(k1[mask].sum() / (trajectories.terminated | trajectories.truncated).sum())
         metrics |= {"episodes": float(rollout.ended.sum()), "steps": float(self.steps)}
         return metrics | {"time/collecting": rollout.seconds, "time/steps_per_second_collected": _rate(rollout)}
 

@@ -77,10 +77,8 @@ class Head:
             actions: (n,) token ids.
             temperature: of the distribution.
         """
-        device, weight = hidden.device.type, self.layer.weight
-        if device == "cuda" and torch.is_autocast_enabled(device):
-            weight = weight.to(torch.get_autocast_dtype(device))
-        with torch.autocast(device, enabled=False):
+        weight = self._weight(hidden.device.type)
+        with torch.autocast(hidden.device.type, enabled=False):
             result: tuple[Tensor, Tensor] = _LogProbs.apply(
                 hidden,
                 weight,
@@ -90,6 +88,19 @@ class Head:
                 KEPT if torch.is_grad_enabled() else 0,
             )
         return result
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, V) float32 of hidden states (n, H), without gradients."""
+        weight = self._weight(hidden.device.type)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return _logits(hidden, weight, self.layer.bias, slice(None), self.scale)
+
+    def _weight(self, device: str) -> Tensor:
+        """(V, H), on CUDA in the precision of autocast: to be asked before that is turned off."""
+        weight = self.layer.weight
+        if device == "cuda" and torch.is_autocast_enabled(device):
+            weight = weight.to(torch.get_autocast_dtype(device))
+        return weight
 
 
 class _LogProbs(torch.autograd.Function):
@@ -207,6 +218,25 @@ def action_log_probs(
     log_probs = torch.log_softmax(scaled, dim=-1)
     entropy = -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(dim=-1)
     return log_probs.gather(-1, actions[:, None]).squeeze(-1), entropy
+
+
+def vocabulary_kl(
+    logits: Tensor, reference_logits: Tensor, actions: Tensor, temperature: float, support: Tensor | None
+) -> Tensor:
+    """KL(π‖π_ref) (n,) in nats of the distributions that two rows of logits (n, V) give at this temperature.
+
+    `support` (n,) and `actions` (n,) say what top-k and top-p left of π, see `action_log_probs`; π_ref is whole. Tokens
+    that only one of two models knows, where one has rows to spare, count for neither.
+    """
+    size = min(logits.shape[-1], reference_logits.shape[-1])
+    scaled = logits[:, :size].float() / temperature
+    if support is not None:
+        scaled = keep_likeliest(scaled, support, actions)
+    log_probs = torch.log_softmax(scaled, dim=-1)
+    reference_log_probs = torch.log_softmax(reference_logits[:, :size].float() / temperature, dim=-1)
+    probabilities = log_probs.exp()
+    difference = (log_probs - reference_log_probs).masked_fill_(probabilities == 0, 0.0)
+    return torch.linalg.vecdot(probabilities, difference).clamp_(min=0.0)
 
 
 def keep_likeliest(logits: Tensor, support: Tensor, actions: Tensor | None = None) -> Tensor:

@@ -86,6 +86,16 @@ class Reader:
             log_probs, entropy = action_log_probs(logits, tokens, context.temperature, support)
         return Reading(log_probs, entropy, hidden)
 
+    def states(self, context: TokenContext, mask: Tensor) -> Tensor:
+        """(n, H) states before the tokens of the responses, those where `mask` (N, T) is True."""
+        layout = self.layout(context)
+        return self.hidden_at(layout, layout.before(context, *mask.nonzero(as_tuple=True)))
+
+    def logits(self, context: TokenContext, mask: Tensor) -> Tensor:
+        """(n, V) logits of the tokens of the responses, those where `mask` (N, T) is True."""
+        layout = self.layout(context)
+        return self.logits_at(layout, layout.before(context, *mask.nonzero(as_tuple=True)))[0]
+
     def hidden_at(self, layout: Layout, places: tuple[Tensor, Tensor]) -> Tensor:
         """(n, H) states at these places, which the output layer would turn into logits; it is not asked."""
         seen: list[Tensor] = []

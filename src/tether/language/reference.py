@@ -10,7 +10,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,6 @@ from tether.language.adapters import (
     is_adapter,
     using,
 )
-from tether.language.context import TokenContext
 from tether.language.models import fingerprint
 from tether.language.policy import LanguagePolicy
 from tether.language.reading import Reader
@@ -101,11 +100,6 @@ class Reference(ABC):
     @abstractmethod
     def _weights_of(self, policy: LanguagePolicy) -> dict[str, Tensor]:
         """The policy's, by the names of `_weights`."""
-
-    def log_probs(self, context: TokenContext, actions: Tensor, mask: Tensor) -> Tensor:
-        """(N, T) log π_ref of `actions`: see `reference_log_probs`."""
-        with self.as_model():
-            return reference_log_probs(self.reader, context, actions, mask)
 
     @torch.no_grad()
     def follow(self, policy: LanguagePolicy) -> None:
@@ -271,20 +265,3 @@ class AdapterReference(Reference):
 def _bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
     return tensor.flatten().view(torch.uint8).numpy().data
-
-
-@torch.no_grad()
-def reference_log_probs(
-    reader: Reader, context: TokenContext, actions: Tensor, mask: Tensor, tokens_at_once: int = 16384
-) -> Tensor:
-    """(N, T) log π_ref(a|s) at the sampling temperature, over the whole vocabulary whatever top-k and top-p left."""
-    result = torch.zeros(mask.shape, device=mask.device)
-    context = replace(context, support=None)
-    order = torch.argsort(context.lengths, descending=True, stable=True)
-    start = 0
-    while start < len(order):
-        part = order[start : start + max(1, tokens_at_once // int(context.lengths[order[start]]))]
-        start += len(part)
-        reading = reader.read(context.select(part), actions[part], mask[part])
-        result[part] = result[part].masked_scatter(mask[part], reading.log_probs)
-    return result

@@ -23,6 +23,7 @@ from tether.episode import Episode
 from tether.errors import RewardError, UserError
 from tether.language.adapters import save_model
 from tether.language.context import TokenContext
+from tether.language.divergence import compare
 from tether.language.diversity import distinct_share, repeated_ngrams
 from tether.language.draws import Draw, join_draws, telling_groups
 from tether.language.policy import LanguagePolicy
@@ -61,12 +62,15 @@ class CollectConfig:
     filter_prompts: bool = False
     """Train on prompts whose responses differ in their scores: draw further prompts in place of the others ("dynamic
     sampling" of DAPO). Needs at least 2 responses to each."""
+    kl_responses: int = 64
+    """Responses of each iteration, spread evenly over it, at whose states KL(π‖π_ref) is summed over the whole
+    vocabulary, for the metric `kl`. It costs about as much as the reference does."""
     max_draws: int = 10
     """With `filter_prompts`: how often to draw for one batch; if prompts are still missing then, ones whose responses
     all score alike fill it."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "samples_per_prompt", "max_draws"):
+        for name in ("prompts", "samples_per_prompt", "kl_responses", "max_draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         for name in ("missing_eos_penalty", "overlong_penalty", "score_scale"):
@@ -236,8 +240,9 @@ class LanguageWorld:
             row[: len(ids)] = torch.tensor(ids)
         actions = actions.to(device)
         log_probs, values = samples.log_probs.to(device), samples.values.to(device)
+        compared = torch.arange(count := min(config.kl_responses, len(mask)), device=device) * len(mask) // count
         with self.policy.precision():
-            reference = self.reference.log_probs(context, actions, mask)
+            reference, kl = compare(self.policy.reader, self.reference, context, actions, mask, compared)
         shaped = scale_and_clip(scores, config.score_scale, config.score_clip)
         shaped = shaped - config.missing_eos_penalty * ~samples.terminated
         if config.overlong_buffer:
@@ -263,6 +268,7 @@ class LanguageWorld:
             bootstrap_values=bootstrap,
             context=context,
             reference_log_probs=reference,
+            kl_to_reference=kl,
             groups=groups,
         )
 
@@ -278,20 +284,14 @@ class LanguageWorld:
         total = torch.tensor(batch.scores.total, dtype=torch.float64)
         mask, lengths = trajectories.mask, trajectories.mask.sum(dim=1).double()
         assert trajectories.reference_log_probs is not None
-        kl = {
-            name: (estimate_kl(trajectories.log_probs, trajectories.reference_log_probs, name) * mask)
-            .sum(dim=1)
-            .double()
-            for name in ("k1", "k3")
-        }
+        k1 = estimate_kl(trajectories.log_probs, trajectories.reference_log_probs, "k1") * mask
         tokens = float(lengths.sum())
         metrics = {
             "score": float(total.mean()),
             "score_std": float(total.std(correction=0)),
             "reward": float((trajectories.rewards * mask).sum(dim=1).mean()),
-            "kl": float(kl["k3"].mean()),
-            "kl_per_token": float(kl["k3"].sum()) / tokens,
-            "kl_k1": float(kl["k1"].mean()),
+            **_kl_metrics(trajectories),
+            "kl_k1": float(k1.sum(dim=1).double().mean()),
             "response_length": float(lengths.mean()),
             "response_length_max": float(lengths.max()),
             "eos_share": float(batch.samples.terminated.double().mean()),
@@ -430,6 +430,16 @@ class LanguageWorld:
         self._follow_due = state["follow_due"]
         self.reference.load_state_dict(state["reference"])
         self._first_length = state["first_length"]
+
+
+def _kl_metrics(trajectories: Trajectories) -> dict[str, float]:
+    """KL(π‖π_ref) per response, over the whole vocabulary at the states it visited, and its standard error."""
+    assert trajectories.kl_to_reference is not None
+    nats = trajectories.kl_to_reference.masked_fill(~trajectories.mask, 0.0).sum(dim=1).double()
+    measured = ~nats.isnan()
+    nats, tokens = nats[measured], trajectories.mask[measured].sum()
+    error = {"kl_error": float(nats.std() / math.sqrt(len(nats)))} if len(nats) > 1 else {}
+    return {"kl": float(nats.mean()), **error, "kl_per_token": float(nats.sum() / tokens)}
 
 
 def as_completion(prompt: Prompt, text: str) -> str | list[dict[str, str]]:

@@ -74,6 +74,8 @@ class Trajectories:
         bootstrap_values: (N, T), V of the successor state where `truncated`, else 0.
         context: what `ActorCritic.evaluate` needs to see the states again.
         reference_log_probs: (N, T), log π_ref(a|s), or None where there is no reference policy.
+        kl_to_reference: (N, T), KL(π_old‖π_ref) over all actions at the state, in nats; NaN in episodes where it was
+            not measured. None where there is no reference, or no such sum.
         groups: (N,) int, episodes that share a start have the same number; None when no two do.
         markov: the context shows each step's whole state, so that steps can be told apart from their episodes.
     """
@@ -88,6 +90,7 @@ class Trajectories:
     bootstrap_values: Tensor
     context: Any
     reference_log_probs: Tensor | None = None
+    kl_to_reference: Tensor | None = None
     groups: Tensor | None = None
     markov: bool = False
 
@@ -127,6 +130,7 @@ _STEPWISE = (
     "truncated",
     "bootstrap_values",
     "reference_log_probs",
+    "kl_to_reference",
 )
 
 

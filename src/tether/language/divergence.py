@@ -1,0 +1,120 @@
+"""A reference reads what a policy said: how likely it finds the tokens, and how far the policy is from it.
+
+KL(π‖π_ref) is summed over the whole vocabulary at each state that was visited, not estimated from the token that was
+drawn there. Added up over responses drawn from π it is without bias for the KL of whole responses, and its error is
+that of the states alone (Amini et al. 2025, arXiv:2504.10637). It knows tokens and models; nothing of rewards or β.
+N = episodes, T = response tokens of the longest, n = response tokens in all, H = hidden size, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tether.language.context import TokenContext
+from tether.language.head import Head, vocabulary_kl
+from tether.language.reading import Reader
+from tether.language.reference import Reference
+
+TOKENS_AT_ONCE = 16384  # that go through a model, padding included
+FEW_TOKENS = 2048  # and where logits (n, V) of two models are held at once
+LOGITS_AT_ONCE = 2**22  # of each of two models, 16 MiB: few enough for the caches, enough for fast products
+
+
+@torch.no_grad()
+def compare(
+    policy: Reader, reference: Reference, context: TokenContext, actions: Tensor, mask: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the reference, and KL(π‖π_ref) at the states of some responses.
+
+    Args:
+        policy: reads as π.
+        reference: π_ref.
+        context: of the responses.
+        actions: (N, T), their tokens.
+        mask: (N, T) bool, the token exists.
+        rows: (r,) int, responses at whose states the whole vocabulary is compared.
+
+    Returns:
+        (N, T) log π_ref of the actions, see `reference_log_probs`; (N, T) KL in nats at the state before each token, π
+        being what was sampled from; NaN in responses that are not among `rows`.
+    """
+    log_probs = torch.zeros(mask.shape, device=mask.device)
+    kl = torch.full(mask.shape, torch.nan, device=mask.device)
+    head, own_head = policy.head, reference.reader.head
+    if head is None or own_head is None:
+        for part in _parts(context.lengths, rows, FEW_TOKENS):
+            nats = _kl_by_models(policy, reference, context.select(part), actions[part], mask[part])
+            kl[part] = _spread(nats, mask[part])
+        with reference.as_model():
+            return reference_log_probs(reference.reader, context, actions, mask), kl
+    parts = list(_parts(context.lengths, rows, TOKENS_AT_ONCE))
+    states = [policy.states(context.select(part), mask[part]) for part in parts]
+    others = torch.ones(len(mask), dtype=torch.bool, device=mask.device).index_fill_(0, rows, False)
+    with reference.as_model():
+        asked = (context.select(others), actions[others], mask[others])
+        log_probs[others] = reference_log_probs(reference.reader, *asked)
+        for part, hidden in zip(parts, states, strict=True):
+            drawn = context.select(part)
+            reading = reference.reader.read(replace(drawn, support=None), actions[part], mask[part])
+            log_probs[part] = _spread(reading.log_probs, mask[part])
+            nats = _kl_by_states((head, hidden), (own_head, reading.hidden), drawn, actions[part], mask[part])
+            kl[part] = _spread(nats, mask[part])
+    return log_probs, kl
+
+
+@torch.no_grad()
+def reference_log_probs(
+    reader: Reader, context: TokenContext, actions: Tensor, mask: Tensor, tokens_at_once: int = TOKENS_AT_ONCE
+) -> Tensor:
+    """(N, T) log π_ref(a|s) at the sampling temperature, over the whole vocabulary whatever top-k and top-p left."""
+    result = torch.zeros(mask.shape, device=mask.device)
+    context = replace(context, support=None)
+    everyone = torch.arange(len(mask), device=mask.device)
+    for part in _parts(context.lengths, everyone, tokens_at_once):
+        reading = reader.read(context.select(part), actions[part], mask[part])
+        result[part] = _spread(reading.log_probs, mask[part])
+    return result
+
+
+def _kl_by_states(
+    policy: tuple[Head, Tensor], reference: tuple[Head, Tensor], context: TokenContext, actions: Tensor, mask: Tensor
+) -> Tensor:
+    """KL (n,) from the output layers of both models and the states (n, H) that they are given."""
+    (head, hidden), (own_head, own_hidden) = policy, reference
+    support, tokens = None if context.support is None else context.support[mask], actions[mask]
+    size = max(1, LOGITS_AT_ONCE // len(head.layer.weight))
+    nats = [torch.zeros(0, device=mask.device)]
+    for start in range(0, len(hidden), size):
+        some = slice(start, start + size)
+        logits, own_logits = head.logits(hidden[some]), own_head.logits(own_hidden[some])
+        kept = None if support is None else support[some]
+        nats.append(vocabulary_kl(logits, own_logits, tokens[some], context.temperature, kept))
+    return torch.cat(nats)
+
+
+def _kl_by_models(policy: Reader, reference: Reference, context: TokenContext, actions: Tensor, mask: Tensor) -> Tensor:
+    """KL (n,) of models that do more with their states than an output layer does, and so are asked themselves."""
+    logits = policy.logits(context, mask)
+    with reference.as_model():
+        own_logits = reference.reader.logits(context, mask)
+    support = None if context.support is None else context.support[mask]
+    return vocabulary_kl(logits, own_logits, actions[mask], context.temperature, support)
+
+
+def _parts(lengths: Tensor, rows: Tensor, tokens_at_once: int) -> Iterator[Tensor]:
+    """`rows` (r,), indices into `lengths` (N,), longest first, in parts of so many tokens at most."""
+    rows = rows[torch.argsort(lengths[rows], descending=True, stable=True)]
+    start = 0
+    while start < len(rows):
+        part = rows[start : start + max(1, tokens_at_once // int(lengths[rows[start]]))]
+        start += len(part)
+        yield part
+
+
+def _spread(flat: Tensor, mask: Tensor) -> Tensor:
+    """(n,) values of the valid steps, in row order, laid out as (N, T) with 0 elsewhere."""
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, flat)
