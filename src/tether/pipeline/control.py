@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ from tether.ppo import AdvantageConfig, Learner, LearnerConfig
 from tether.runs import latest_checkpoint, load_state, read_config
 from tether.runs.random_states import seed_random_states
 from tether.train import Iteration
+from tether.uncertainty import share, with_error
 
 MOST_FRAMES_PER_SECOND = 50  # of films; browsers play no GIF faster
 
@@ -342,17 +343,23 @@ def _written(path: str) -> Iterator[None]:
 def _show(
     console: Console, config: ControlEvalConfig, run: ControlConfig, iteration: int, evaluation: ControlEvaluation
 ) -> None:
-    returns = np.array(evaluation.returns)
+    returns = evaluation.returns
     how = "actions drawn" if config.sample else "greedy"
-    error = f" ± {returns.std(ddof=1) / math.sqrt(len(returns)):.1f}" if len(returns) > 1 else ""
     console.print(f"{run.env}, iteration {iteration}, {len(returns)} episodes, {how}", markup=False)
-    span = f"from {returns.min():.1f} to {returns.max():.1f}"
-    console.print(f"  mean return  [bold]{returns.mean():.1f}[/bold]{error}   {span}")
-    console.print(f"  mean length  {np.mean(evaluation.lengths):.1f}")
+    console.print(f"  mean return  {_mean(returns)}   from {min(returns):.6g} to {max(returns):.6g}", markup=False)
+    console.print(f"  mean length  {_mean(evaluation.lengths)}", markup=False)
     if evaluation.success is not None:
-        console.print(f"  success      {np.mean(evaluation.success):.1%}")
+        counts = set(evaluation.success) <= {0.0, 1.0}
+        success = share(sum(evaluation.success), len(evaluation.success)) if counts else _mean(evaluation.success)
+        console.print(f"  success      {success}", markup=False)
     if config.record is not None:
         console.print(f"  film         {config.record}", markup=False)
+
+
+def _mean(values: Sequence[float]) -> str:
+    """With its standard error, where there is one."""
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+    return with_error(float(np.mean(values)), error)
 
 
 __all__ = [

@@ -24,6 +24,7 @@ from tether.pipeline.generate import check_output, load_sampler, open_rows, samp
 from tether.pretrained import context_length
 from tether.rewards.models import RewardModel
 from tether.runs.labels import LABELS_SUFFIX, LabelSet, NewPair, count_answers, create_labels
+from tether.uncertainty import share
 
 logger = logging.getLogger("tether")
 
@@ -218,5 +219,7 @@ def _tell(about: dict[str, Any], counts: dict[str, int], rows: int, output: str)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"A, {first}: preferred {counts['a']} times", markup=False)
     console.print(f"B, {second}: preferred {counts['b']} times; {counts['tie']} ties", markup=False)
+    if decided := counts["a"] + counts["b"]:
+        console.print(f"A is preferred in {share(counts['a'], decided)} of the pairs without a tie", markup=False)
     console.print(f"left out: {counts['both_bad']} where both are bad, {counts['skip']} skipped", markup=False)
     console.print(f"{rows} preferences: {output}", markup=False)

@@ -36,6 +36,7 @@ from tether.rewards.models import MEMBER
 from tether.rewards.normalisation import Combine, Normalisation
 from tether.rewards.passes import score_all
 from tether.runs import Display, Run
+from tether.uncertainty import percent, rounded, with_error
 
 logger = logging.getLogger(__name__)
 
@@ -387,16 +388,22 @@ def _without_nan(value: Any) -> Any:
 def _table(trained: RewardTraining, config: RewardModelConfig) -> Table | str:
     if trained.evaluation is None:
         return "nothing was held out: no evaluation"
-    table = Table(title="held-out comparisons", title_justify="left", caption_justify="left")
+    table = Table(title="held-out comparisons", title_justify="left", caption_justify="left", box=None, pad_edge=False)
     table.caption = "ECE: expected calibration error; length: correlation of score with length"
-    for name in ("", "pairs", "accuracy", "95 % interval", "margin", "ECE", "length"):
-        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+    for name in ("", "pairs", "accuracy (95 %)", "margin", "ECE", "length"):
+        table.add_column(name, justify="left" if not name else "right", overflow="fold", header_style="dim")
     rows = {"reward model": trained.evaluation}
     if len(trained.members) > 1:
         rows = {config.combine: trained.evaluation}
         rows |= {MEMBER.format(number): member for number, member in enumerate(trained.members)}
     for name, found in rows.items():
-        interval = f"{found.interval[0]:.3f} to {found.interval[1]:.3f}"
-        numbers = (f"{found.margin:.3f}", f"{found.calibration_error:.3f}", f"{found.length_correlation:+.3f}")
-        table.add_row(name, str(found.pairs), f"{found.accuracy:.3f}", interval, *numbers)
+        error = 1 / math.sqrt(max(1, found.pairs))  # at least about that of a calibration error or a correlation
+        table.add_row(
+            name,
+            f"{found.pairs:,}",
+            percent(found.accuracy, found.interval),
+            with_error(found.margin, found.margin_error),
+            rounded(found.calibration_error, error),
+            rounded(found.length_correlation, error),
+        )
     return table

@@ -6,6 +6,7 @@ Knows nothing of how the responses were made or of how the model was trained.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from tether.errors import UserError
 from tether.language.rows import Row, load_rows
 from tether.pipeline.generate import check_output, open_rows, write_row
 from tether.rewards.models import RewardModel
+from tether.uncertainty import rounded, with_error
 
 ROWS_AT_ONCE = 1024  # scored together, so that texts of about equal lengths meet; written as they come
 RESPONSES = ("response", "completion")
@@ -105,9 +107,9 @@ def score(config: ScoreConfig, show: bool = True) -> list[float]:
                 write_row(file, row | {config.column: value})
             scores += found
     if show:
-        mean = math.fsum(scores) / len(scores)
-        spread = math.sqrt(math.fsum((value - mean) ** 2 for value in scores) / len(scores))
-        text = f"{len(scores)} scores, mean {mean:.3f}, standard deviation {spread:.3f}: {config.output}"
+        spread = statistics.stdev(scores) if len(scores) > 1 else math.nan
+        mean = with_error(statistics.fmean(scores), spread / math.sqrt(len(scores)))
+        text = f"{len(scores):,} scores, mean {mean}, standard deviation {rounded(spread, None)}: {config.output}"
         Console(highlight=False, soft_wrap=True).print(text, markup=False)
     return scores
 
