@@ -218,6 +218,8 @@ def test_a_column_is_written_in_one_way() -> None:
     assert [form(value) for value in (0.008, 9.9e-4, 0.0, 0.25)] == ["0.0080", "0.0010", "0.0000", "0.2500"]
     assert [shown(value, "score", first=-212.4) for value in (99.123, 280.31)] == ["+99.1", "+280.3"]
     assert shown(0.4, "kl", first=2.9e-13) == "0.400"
+    assert shown(31.331, "score", first=20.74) == "+31.33"
+    assert shown(2951.0, "steps", first=981.0) == "2,951"
 
 
 def test_how_long_the_rest_takes_is_told_by_the_median(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,8 @@ from tether.control.vectors import success_of
 from tether.control.world import ControlCollectConfig, ControlWorld, load_policy
 from tether.devices import check_device
 from tether.errors import UserError
+from tether.pipeline.opening import count, describe_control
+from tether.pipeline.progress import Progress
 from tether.pipeline.training import Trained, restore, train_in_folder
 from tether.ppo import AdvantageConfig, Learner, LearnerConfig
 from tether.runs import latest_checkpoint, load_state, read_config
@@ -35,6 +37,7 @@ from tether.runs.random_states import seed_random_states
 from tether.train import Iteration
 from tether.uncertainty import share, with_error
 
+SHOWN = ("steps", "score", "episode_length", "entropy", "approx_kl", "clip_fraction", "explained_variance")
 MOST_FRAMES_PER_SECOND = 50  # of films; browsers play no GIF faster
 
 
@@ -168,25 +171,37 @@ def _refuse_other_environments(config: ControlConfig, checkpoint: Path) -> None:
 
 
 def train_control(
-    config: ControlConfig, resume: bool = False, report: Callable[[Iteration], None] | None = None
+    config: ControlConfig,
+    resume: bool = False,
+    report: Callable[[Iteration], None] | None = None,
+    progress: bool | None = None,
 ) -> Trained[ControlWorld]:
     """Train as configured, in a folder: see `tether.pipeline.training.train_in_folder`. Environments are left open.
+
+    Args:
+        config: see `ControlConfig`.
+        resume: go on with the run that `config.output` holds.
+        report: told of every iteration, after it was logged.
+        progress: print what is made and how the run goes. None: unless there is a `report`, which may show it itself.
 
     Raises:
         UserError: something the user brought cannot work.
     """
     kept = {"environments": _environments_of(config)}
-
-    def build(checkpoint: Path | None) -> tuple[ControlWorld, Learner]:
-        world, learner = build_control(config, checkpoint)
-        set_threads(config, world)
-        return world, learner
-
     threads_before = torch.get_num_threads()
-    try:
-        return train_in_folder(config, build, resume, report, lambda world: kept)
-    finally:
-        torch.set_num_threads(threads_before)
+    with Progress(config.iterations, SHOWN, report is None if progress is None else progress) as shown:
+
+        def build(checkpoint: Path | None) -> tuple[ControlWorld, Learner]:
+            shown.phase(f"making {count(config.environments.count, 'environment')} of {config.env}")
+            world, learner = build_control(config, checkpoint)
+            set_threads(config, world)
+            shown.say(describe_control(config, world, learner))
+            return world, learner
+
+        try:
+            return train_in_folder(config, build, resume, report, lambda world: kept, progress=shown)
+        finally:
+            torch.set_num_threads(threads_before)
 
 
 def set_threads(config: ControlConfig, world: ControlWorld) -> None:

@@ -33,6 +33,8 @@ from tether.language.sampler import Sampler, SamplingConfig
 from tether.language.world import CollectConfig, LanguageWorld
 from tether.memory import keep_freed_memory
 from tether.pipeline.frontier import FrontierConfig, draw_frontier
+from tether.pipeline.opening import describe_ppo
+from tether.pipeline.progress import Progress
 from tether.pipeline.training import Trained, restore, train_in_folder
 from tether.pipeline.value_model import critic_from_reward_model
 from tether.ppo import AdvantageConfig, KLConfig, KLController, Learner, LearnerConfig
@@ -307,20 +309,52 @@ def train_ppo(
     parts: Parts | None = None,
     resume: bool = False,
     report: Callable[[Iteration], None] | None = None,
+    progress: bool | None = None,
 ) -> Trained[LanguageWorld]:
     """Train as configured, in a folder: see `tether.pipeline.training.train_in_folder`.
+
+    Args:
+        config: see `PPOConfig`.
+        parts: pieces already in memory.
+        resume: go on with the run that `config.output` holds.
+        report: told of every iteration, after it was logged.
+        progress: print what is loaded and how the run goes. None: unless there is a `report`, which may show it itself.
 
     Raises:
         UserError: something the user brought cannot work.
     """
-    return train_in_folder(
-        config,
-        lambda checkpoint: build_ppo(config, parts, checkpoint),
-        resume,
-        report,
-        _constants,
-        begin=lambda world, folder: draw_frontier(world, folder, config.frontier, config.seed),
-        alarms=config.alarms,
+    with Progress(config.iterations, _shown(config), report is None if progress is None else progress) as shown:
+
+        def build(checkpoint: Path | None) -> tuple[LanguageWorld, Learner]:
+            shown.phase(f"loading {config.model or 'prompts and model'}")
+            world, learner = build_ppo(config, parts, checkpoint)
+            shown.say(describe_ppo(config, world, learner))
+            return world, learner
+
+        return train_in_folder(
+            config,
+            build,
+            resume,
+            report,
+            _constants,
+            begin=lambda world, folder: draw_frontier(world, folder, config.frontier, config.seed, shown.phase),
+            alarms=config.alarms,
+            progress=shown,
+        )
+
+
+def _shown(config: PPOConfig) -> tuple[str, ...]:
+    """Metrics that the progress shows; the rest is in `metrics.jsonl`."""
+    return (
+        "score",
+        *(("score_drawn", "filtered_share") if config.collect.filter_prompts else ()),
+        "reward",
+        "kl",
+        "entropy",
+        "response_length",
+        "eos_share",
+        "clip_fraction",
+        "explained_variance",
     )
 
 

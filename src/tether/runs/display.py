@@ -23,6 +23,7 @@ from rich.text import Text
 ROWS = 8  # of the live table: the trend is seen, and it fits small terminals
 RECENT = 20  # iterations whose median says how long the rest will take: an odd slow one does not count
 GAP = 2  # between columns
+COUNTS = ("steps", "episodes", "tokens")  # whole numbers
 
 
 class Display:
@@ -234,7 +235,7 @@ class Format:
         self._sign = "+" if name.startswith(("score", "reward")) else ""
         self._exponent = name == "learning_rate"
         self._fine = name == "approx_kl" or name.endswith("fraction")
-        self._decimals: int | None = None
+        self._decimals = 0 if name in COUNTS else None
 
     def __call__(self, value: float | None) -> str:
         """`-` for a metric that is missing."""
@@ -249,6 +250,6 @@ class Format:
             return f"{value:{self._sign}.2e}"
         if self._decimals is None:
             size = abs(value)
-            self._decimals = 0 if size >= 1000 else 1 if size >= 100 else 4 if self._fine else 3
+            self._decimals = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 4 if self._fine else 3
         rounded = round(value, self._decimals) + 0.0  # no -0.000
         return f"{rounded:{self._sign},.{self._decimals}f}"
