@@ -27,15 +27,15 @@ def with_error(mean: float, error: float | None) -> str:
 
     `error` is a standard error; None, NaN or 0 say that it is unknown, and the mean stands alone with three digits.
     """
-    if not _known(error):
+    if math.isnan(mean) or not _known(error):
         return rounded(mean, None)
     return f"{rounded(mean, error)} ± {rounded(error, error)}"
 
 
 def rounded(value: float, error: float | None) -> str:
-    """`value` to the decimals of the two leading digits of `error`; without a known error, three digits."""
+    """`value` to the decimals of the two leading digits of `error`; without a known error, three digits. NaN: `-`."""
     if not math.isfinite(value):
-        return str(value)
+        return "-" if math.isnan(value) else str(value)
     decimals = _decimals(error, 2) if _known(error) else _decimals(value, 3)
     return f"{round(value, decimals):,.{max(0, decimals)}f}"
 

@@ -120,7 +120,7 @@ def test_plain_lines_in_a_pipe() -> None:
     child = start("end", out_end, errors_end)
     os.close(out_end)
     os.close(errors_end)
-    pace = "0.00 s per iteration, 0 s left"
+    pace = "0.000 s per iteration, 0 s left"
     assert b"".join(read(out)).decode().splitlines() == [
         "drawing the frontier …",
         f"iteration  3/20  score  +0.300  kl   0.012  {pace}",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ class Evaluation:
     margin: float
     margin_error: float
     calibration_error: float
-    reliability: tuple[Bin, ...]
+    reliability: tuple[Bin, ...] = field(repr=False)
     length_correlation: float
     longer_by_model: float
     longer_by_people: float

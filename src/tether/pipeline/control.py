@@ -234,13 +234,16 @@ class ControlEvalConfig:
             raise ValueError(f"record is {self.record!r}, expected a file name that ends in .gif or .mp4")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ControlEvaluation:
     """What came of the episodes, one entry each; success is None where the environment does not speak of it."""
 
     returns: list[float]
     lengths: list[int]
     success: list[float] | None
+
+    def __repr__(self) -> str:
+        return f"ControlEvaluation({len(self.returns)} episodes, mean return {_mean(self.returns)})"
 
 
 def evaluate_control(config: ControlEvalConfig) -> ControlEvaluation:

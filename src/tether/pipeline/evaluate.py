@@ -21,7 +21,16 @@ from tether.errors import RewardError, UserError
 from tether.language.prompts import PromptsConfig, load_prompts, prompts_from_rows
 from tether.language.sampler import SamplingConfig
 from tether.language.world import as_completion
-from tether.pipeline.generate import Response, check_output, load_sampler, open_rows, sample_responses, write_row
+from tether.pipeline.generate import (
+    Response,
+    check_output,
+    load_sampler,
+    open_rows,
+    sample_responses,
+    tell_size,
+    write_row,
+)
+from tether.pipeline.opening import count
 from tether.pretrained import context_length
 from tether.rewards import Rewards, RewardsConfig, Scores
 from tether.rewards.tasks import ProblemsConfig, Task
@@ -115,7 +124,7 @@ class EvalResult:
     pass_at: dict[int, Estimate]
     terminated: Estimate
     response_tokens: Estimate
-    per_prompt: list[dict[str, Any]]
+    per_prompt: list[dict[str, Any]] = field(repr=False)
 
 
 def evaluate(config: EvalConfig, show: bool = True) -> EvalResult:
@@ -144,7 +153,9 @@ def evaluate(config: EvalConfig, show: bool = True) -> EvalResult:
     places = [f"{config.prompts.path or config.task}, row {prompt.row}" for prompt in prompts]
     rewards.check(columns, [prompt.source for prompt in prompts], places)
     console = Console(highlight=False)
-    with Progress(console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
+    tally = tell_size(len(prompts), config.samples, config.sampling)
+    bar_wanted = show and console.is_terminal
+    with Progress(console=console, transient=True, disable=not bar_wanted) as progress:
         bar = progress.add_task("prompts", total=len(prompts))
         groups: list[tuple[list[Response], Scores]] = []
         with open_rows(config.responses, config.overwrite) as file:
@@ -160,12 +171,18 @@ def evaluate(config: EvalConfig, show: bool = True) -> EvalResult:
                 if file is not None:
                     for response, score in zip(responses, scores.total, strict=True):
                         write_row(file, response.as_row() | {"score": score})
-                progress.advance(bar, len(responses) / config.samples)
+                done = sum(len(own) for own, _ in groups) // config.samples
+                progress.update(bar, completed=done)
+                if not bar_wanted:
+                    tally.update(done)
     result = summarise(groups, config)
     if config.output is not None:
         _write(config, result)
     if show:
-        console.print(_table(config, result))
+        size = f"{count(result.prompts, 'prompt')} × {count(config.samples, 'response')}"
+        about = f"{size}; ± standard error over prompts; correct: score above {config.threshold:g}"
+        console.print(config.model, about, sep="\n", markup=False, soft_wrap=True)
+        console.print(_table(result))
     return result
 
 
@@ -257,14 +274,10 @@ def _write(config: EvalConfig, result: EvalResult) -> None:
         raise UserError(f"{config.output}: cannot be written: {error.strerror}") from error
 
 
-def _table(config: EvalConfig, result: EvalResult) -> Table:
-    table = Table(title=config.model, title_justify="left", caption_justify="left")
-    table.caption = (
-        f"{result.prompts:,} prompts × {result.samples} responses; ± standard error over prompts; "
-        f"correct: score above {config.threshold:g}"
-    )
+def _table(result: EvalResult) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("", "mean", "95 % interval"):
-        table.add_column(name, justify="left" if not name else "right", overflow="fold")
+        table.add_column(name, justify="left" if not name else "right", header_style="dim", overflow="fold")
     for name, value in ({"score": result.score} | {f"  {name}": part for name, part in result.parts.items()}).items():
         interval = "-" if value.interval is None else _between(value.interval, value.standard_error)
         table.add_row(name, with_error(value.mean, value.standard_error), interval)

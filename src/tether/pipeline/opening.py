@@ -65,6 +65,12 @@ def describe_control(config: ControlConfig, world: ControlWorld, learner: Learne
     return aligned(parts)
 
 
+def describe_policy(model: PreTrainedModel, name: str) -> str:
+    """A model that is not trained, in one line: name, class, size, and what computes it."""
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return f"{name} ({type(model).__name__}): {size:,} parameters, {describe_device(model.parameters(), False)}"
+
+
 def describe_device(parameters: Iterable[nn.Parameter], autocast: bool) -> str:
     """`cpu, 2 threads, float32, matrix products in bfloat16 (autocast)`, off the parameters themselves."""
     kinds: dict[str, None] = {}

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tether.devices import check_compiler, multiplies_bfloat16
+from tether.episode import short_repr
 from tether.errors import UserError
 from tether.language.adapters import LoRAConfig, base_of, give_adapters, read_weights
 from tether.language.models import (
@@ -40,6 +41,7 @@ from tether.pipeline.value_model import critic_from_reward_model
 from tether.ppo import AdvantageConfig, KLConfig, KLController, Learner, LearnerConfig
 from tether.pretrained import check_vocabulary, context_length
 from tether.rewards import Rewards, RewardsConfig
+from tether.rewards.functions import Functions
 from tether.rewards.tasks import ProblemsConfig, Task
 from tether.runs.alarms import AlarmsConfig
 from tether.runs.random_states import seed_random_states
@@ -148,7 +150,7 @@ class PPOConfig:
             )
 
 
-@dataclass
+@dataclass(repr=False)
 class Parts:
     """What may be handed over in memory instead of by name; None is loaded as the configuration says.
 
@@ -156,15 +158,35 @@ class Parts:
         model: a causal LM; it is trained in place.
         tokenizer: its tokenizer.
         prompts: texts, or rows of a data set as dicts; `PPOConfig.prompts` says how to read them.
-        reward: a function in the convention of `PPOConfig.reward`.
-        gold: one in that of `PPOConfig.gold`.
+        reward: a function, a list of them (weighted by `PPOConfig.reward.weights`), or a dict from function to weight.
+            Built-in rewards and files go by their names, as in `PPOConfig.reward.functions`.
+        gold: the same, for what `PPOConfig.gold` is for.
     """
 
     model: PreTrainedModel | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     prompts: Sequence[str | dict[str, Any]] | None = None
-    reward: Callable[..., Any] | None = None
-    gold: Callable[..., Any] | None = None
+    reward: Functions | None = None
+    gold: Functions | None = None
+
+    def __repr__(self) -> str:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        shown = {
+            "model": lambda model: type(model).__name__,
+            "tokenizer": lambda tokenizer: type(tokenizer).__name__,
+            "prompts": lambda prompts: f"<{len(prompts)}>",
+            "reward": _names,
+            "gold": _names,
+        }
+        return f"Parts({', '.join(f'{name}={shown[name](value)}' for name, value in given.items())})"
+
+
+def _names(functions: Any) -> str:
+    if isinstance(functions, dict):
+        return f"{{{', '.join(f'{_names(function)}: {weight}' for function, weight in functions.items())}}}"
+    if isinstance(functions, list | tuple):
+        return f"[{', '.join(map(_names, functions))}]"
+    return getattr(functions, "__name__", None) or short_repr(functions)
 
 
 def build_ppo(
@@ -187,7 +209,7 @@ def build_ppo(
     if config.compile:
         check_compiler(config.device)
     task = Task(config.task, config.problems) if config.task else None
-    rewards = Rewards(config.reward, None if parts.reward is None else [parts.reward], task)
+    rewards = Rewards(config.reward, parts.reward, task)
     gold = _gold(config, parts)
     seed_random_states(config.seed)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code) if parts.tokenizer is None else parts.tokenizer
@@ -297,7 +319,7 @@ def _gold(config: PPOConfig, parts: Parts) -> Rewards | None:
     """What scores responses for comparison only; None where nothing was asked for."""
     if parts.gold is None and not config.gold.functions:
         return None
-    return Rewards(config.gold, None if parts.gold is None else [parts.gold], section="gold")
+    return Rewards(config.gold, parts.gold, section="gold")
 
 
 def _load(config: PPOConfig, path: str) -> PreTrainedModel:

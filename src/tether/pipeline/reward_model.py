@@ -30,6 +30,7 @@ from tether.language.layers import checkpointed_layers
 from tether.language.preferences import Preference, Preferences, PreferencesConfig, load_preferences
 from tether.pipeline.agreement import Evaluation, evaluate_scores, mean
 from tether.pipeline.comparisons import TokenizedPairs, accumulate_gradients, score_pairs, tokenize_pairs
+from tether.pipeline.opening import aligned, count, describe_device, describe_model, describe_tokenizer
 from tether.pipeline.supervised import Batch, Optimizer, Report, SupervisedConfig, longest_text, plan_batches
 from tether.rewards.classifiers import load_classifier
 from tether.rewards.models import MEMBER
@@ -145,6 +146,8 @@ def train_reward_model(config: RewardModelConfig, report: Report | None = None, 
         raise UserError("no output given: name the folder of the run with --output")
     if not config.model:
         raise UserError("no model given: name a folder or a hub name with --model")
+    if show:
+        print(f"loading {config.model} …", flush=True)
     model, tokenizer = _load(config, 0)
     data = _prepare(model, tokenizer, config)
     orders = [np.random.default_rng([config.seed, 0, member]) for member in range(config.members)]
@@ -154,7 +157,9 @@ def train_reward_model(config: RewardModelConfig, report: Report | None = None, 
     with Run.create(config.output, config_to_dict(config), overwrite=config.overwrite) as run, ExitStack() as stack:
         display = stack.enter_context(Display(total, SHOWN, unit="step")) if show else None
         if display is not None:
-            display.note(_describe(data))
+            display.note("\n".join(_opening(config, model, tokenizer, data, total)))
+            if data.held_out is not None:
+                display.phase("held-out comparisons before the first step")
         # What an earlier run left; `--overwrite` has been checked.
         for old in (folder, _partial(folder)):
             shutil.rmtree(old, ignore_errors=True)
@@ -169,6 +174,8 @@ def train_reward_model(config: RewardModelConfig, report: Report | None = None, 
             def log(metrics: dict[str, float], first: int = first, member: int = member, last: int = len(plan)) -> None:
                 step = int(metrics["step"])
                 run.log(first + step, metrics | {"member": float(member)})
+                if display is not None and not step and not member:
+                    display.begin()
                 if display is not None and step and (step == last or step % max(1, total // SHOWN_STEPS) == 0):
                     display.update(member * last + step, metrics)
                 if report is not None:
@@ -366,14 +373,25 @@ def _evaluate(scores: Tensor, pairs: TokenizedPairs) -> Evaluation:
 # ---- what people see -------------------------------------------------------------------------------------------------
 
 
-def _describe(data: _Data) -> str:
+def _opening(
+    config: RewardModelConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: _Data, steps: int
+) -> list[str]:
+    """What was loaded, what computes it, and what a step is."""
     text = f"{len(data.train):,} comparisons"
     if data.held_out is not None:
         text += f"; {len(data.held_out):,} held out"
-    for count, what in ((data.train.skipped, "skipped as too long"), (data.train.truncated, "cut off")):
-        if count:
-            text += f"; {count:,} {what}"
-    return text
+    for number, what in ((data.train.skipped, "skipped as too long"), (data.train.truncated, "cut off")):
+        if number:
+            text += f"; {number:,} {what}"
+    members = f" for {config.members} members" if config.members > 1 else ""
+    return aligned(
+        [
+            ("device", describe_device(model.parameters(), config.autocast)),
+            ("model", f"{describe_model(model, config.model)}; {describe_tokenizer(tokenizer)}"),
+            ("data", text),
+            ("run", f"{count(steps, 'step')} of {count(config.batch_size, 'comparison')}{members}, in {config.output}"),
+        ]
+    )
 
 
 def _without_nan(value: Any) -> Any:

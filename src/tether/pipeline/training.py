@@ -60,7 +60,7 @@ class RunSettings(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trained(Generic[WorldT]):
     """What training leaves: the run's folder, the newest checkpoint's policy in it, and the pieces in memory."""
 
@@ -68,6 +68,9 @@ class Trained(Generic[WorldT]):
     policy: Path
     world: WorldT
     learner: Learner
+
+    def __repr__(self) -> str:
+        return f"Trained({self.learner.iteration} of {self.learner.iterations} iterations, policy={str(self.policy)!r})"
 
 
 def train_in_folder(

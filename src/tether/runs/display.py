@@ -190,7 +190,8 @@ class Pace:
         seconds, left = self.seconds, self.left()
         if seconds is None or left is None:
             return ""
-        each = f"{seconds:.{2 if seconds < 0.995 else 1 if seconds < 9.95 else 0}f} s"
+        decimals = sum(seconds < limit for limit in (9.95, 0.995, 0.0995))  # two digits, down to milliseconds
+        each = f"{seconds:.{decimals}f} s"
         each = f"{each if seconds < 600 else duration(seconds)} per {unit}"
         return each if self.done >= self.total else f"{each}, {duration(left)} left"
 
