@@ -123,6 +123,7 @@ def test_plain_lines_in_a_pipe() -> None:
     pace = "0.000 s per iteration, 0 s left"
     assert b"".join(read(out)).decode().splitlines() == [
         "drawing the frontier …",
+        "iteration 3 …",
         f"iteration  3/20  score  +0.300  kl   0.012  {pace}",
         "a note [bold]as is[/bold]",
         f"iteration  4/20  score  +0.400  kl   0.012  {pace}",
@@ -139,6 +140,7 @@ def test_plain_lines_are_there_at_once() -> None:
     os.close(out_end)
     with os.fdopen(out, "rb", buffering=0) as stream:
         assert stream.readline() == "drawing the frontier …\n".encode()
+        assert stream.readline() == "iteration 3 …\n".encode()
         assert stream.readline().startswith(b"iteration  3/20")
         while stream.readline() != b"waiting\n":
             pass
@@ -151,6 +153,7 @@ def test_live_table_on_a_terminal() -> None:
     received = run_in_terminal("end")
     assert received.rindex("\x1b[?25h") > received.rindex("\x1b[?25l")  # the cursor is hidden, and shown again
     lines = screen(received)
+    assert lines.pop(0) == "drawing the frontier …"
     assert lines[:4] == [
         "a warning [in brackets] 3",
         "a note [bold]as is[/bold]",

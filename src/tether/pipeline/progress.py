@@ -42,7 +42,6 @@ class Progress:
     def begin(self, done: int) -> None:
         """The first iteration starts, after `done` of an earlier time."""
         if self._display is not None:
-            self._display.phase(f"iteration {done + 1}")
             self._display.begin(done)
 
     def iteration(self, iteration: Iteration) -> None:

@@ -70,17 +70,18 @@ class Display:
             )
 
     def phase(self, text: str) -> None:
-        """Say what is being done now: beside the bar, or as a line of its own."""
+        """Say in a line of its own what is being done now, which may take long; its first word goes beside the bar."""
+        self.note(f"{text} …")
         if self._live is not None:
-            self._progress.update(self._task, description=text)
-        else:
-            print(f"{text} …", flush=True)
+            self._progress.update(self._task, description=text.split()[0].rstrip(":"))
 
     def begin(self, done: int = 0) -> None:
         """The first iteration starts now, after `done` of an earlier time: what came before is not counted into it."""
         self.pace.begin(done)
         if self._live is not None:
             self._progress.update(self._task, completed=done, description=self.unit)
+        else:
+            print(f"{self.unit} {done + 1:,} …", flush=True)
 
     def update(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Show the numbers of an iteration that is done."""
