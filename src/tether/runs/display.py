@@ -111,6 +111,7 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
+            self._live.transient = not self._rows  # of what failed before the first iteration no empty bar stays
             self._live.stop()
 
     def _render(self) -> Group:
