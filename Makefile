@@ -82,19 +82,28 @@ sync: .venv/.torch
 browser:
 	@sh .ci/browser
 
-# Holds the name of the torch that is installed, and is as new as the last complete installation.
+# Holds the name of the torch that is installed, and is as new as the last complete installation. Packages that a user
+# has added stay. uv downloads everything before it changes anything, so that what fails leaves .venv as it was.
 .venv/.torch: pyproject.toml uv.lock $(if $(filter $(TORCH),$(INSTALLED)),,FORCE) | $(filter .uv/bin/uv,$(UV))
 	@$(UV) python find --quiet >/dev/null 2>&1 || $(UV) python install --quiet 3.12 2>/dev/null || { \
 		echo "make: Tether needs Python 3.11, 3.12 or 3.13: none was found and none could be downloaded;" \
 			"install one and run make again" >&2; exit 1; }
 ifeq ($(TORCH),cpu)
-	$(UV) venv --quiet --clear .venv
-	$(UV) export --quiet --frozen --no-hashes --no-emit-project --extra control --extra rlhf --prune torch -o .venv/requirements.txt
-	$(UV) export --quiet --frozen --no-hashes --no-emit-project --extra control --extra rlhf --no-emit-package torch -o .venv/constraints.txt
-	$(UV) pip install --python .venv --compile-bytecode --torch-backend cpu \
-		-r .venv/requirements.txt -c .venv/constraints.txt "$(TORCH_SPEC)" -e .
+	@[ -x .venv/bin/python ] || $(UV) venv --quiet --allow-existing .venv
+	@$(UV) export --quiet --frozen --no-hashes --no-emit-project --extra control --extra rlhf --prune torch -o .venv/requirements.txt
+	@$(UV) export --quiet --frozen --no-hashes --no-emit-project --extra control --extra rlhf --no-emit-package torch -o .venv/constraints.txt
+	@echo "installing into .venv, with the CPU-only torch"
+	@$(UV) pip install --python .venv --compile-bytecode --torch-backend cpu $(if $(filter cpu,$(INSTALLED)),,--reinstall-package torch) \
+		-r .venv/requirements.txt -c .venv/constraints.txt "$(TORCH_SPEC)" -e . \
+		|| sh .ci/why-not https://download.pytorch.org/whl/cpu/torch/ \
+			"\`make sync TORCH=default\` takes the registry's torch, TORCH_SPEC=path/to/torch.whl one that you have"
+	@unneeded=$$($(UV) pip freeze --python .venv | sed -n 's/^\(\(nvidia\|cuda\)-[^= ]*\|triton\)[= ].*/\1/p'); \
+		[ -z "$$unneeded" ] || $(UV) pip uninstall --quiet --python .venv $$unneeded
 else
-	$(UV) sync --frozen --extra control --extra rlhf --compile-bytecode
+	@echo "installing into .venv"
+	@$(UV) sync --inexact --frozen --extra control --extra rlhf --compile-bytecode \
+		|| sh .ci/why-not $(or $(UV_DEFAULT_INDEX),$(UV_INDEX_URL),https://pypi.org/simple/) \
+			"mend the network or its proxy, or name a mirror by UV_DEFAULT_INDEX, and run make again"
 endif
 	@echo $(TORCH) > $@
 

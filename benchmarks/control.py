@@ -109,10 +109,10 @@ def run_tether(
 
     from tether.control.environments import EnvironmentsConfig
     from tether.control.world import ControlCollectConfig, ControlWorld
-    from tether.pipeline.control import ControlConfig, build_control, set_threads
+    from tether.pipeline.control import SHOWN, ControlConfig, build_control, set_threads
+    from tether.pipeline.progress import Progress
     from tether.pipeline.training import train_in_folder
     from tether.ppo import AdvantageConfig, Learner, LearnerConfig
-    from tether.runs import Display
     from tether.train import iterate
 
     config = ControlConfig(
@@ -153,9 +153,8 @@ def run_tether(
         return world, learner
 
     if in_folder:  # what `train_control` does, and `tether control` prints
-        columns = ("steps", "score", "episode_length", "entropy", "approx_kl", "clip_fraction", "explained_variance")
-        with Display(config.iterations, columns) as display:
-            train_in_folder(config, build, report=lambda step: display.update(step.number, step.metrics))
+        with Progress(config.iterations, SHOWN) as progress:
+            train_in_folder(config, build, progress=progress)
     else:
         for _ in iterate(*build(None)):
             pass

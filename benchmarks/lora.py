@@ -69,7 +69,8 @@ def accuracy(seed: int) -> None:
                 settings = replace(settings, lora=lora, learner=learner)
             started = time.perf_counter()
             questions = [demo.question(problem) for problem in seen]
-            trained = train_ppo(settings, Parts(copy.deepcopy(model), tokenizer, questions))
+            parts = Parts(copy.deepcopy(model), tokenizer, questions)
+            trained = train_ppo(settings, parts, progress=False)
             seconds = time.perf_counter() - started
             own = trained.world.policy.policy_parameters()
             parameters = sum(p.numel() for p in own if p.requires_grad)

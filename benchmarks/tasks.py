@@ -187,7 +187,8 @@ def run(name: str, exercise: Exercise, steps: int, wrong: float, iterations: int
                     epochs=2, learning_rate=3e-4, value_learning_rate=3e-3, schedule="linear", value_coefficient=0.1,
                     microbatch_size=16384,
                 ),
-            )
+            ),
+            progress=False,
         )  # fmt: skip
         after, _ = held_out(trained.policy, name, exercise, seen, seed)
         kl = read_metrics(trained.folder)[-1]["kl"]

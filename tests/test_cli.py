@@ -226,8 +226,15 @@ def test_piped_output_is_plain_lines(folder: Path) -> None:
     )
     assert process.returncode == 0, process.stderr
     lines = process.stdout.splitlines()
-    for number, line in enumerate(lines[:2], 1):
-        assert re.match(rf"iteration {number}/2  score +[+-]\d\.\d{{3}}  reward", line)
+    assert lines[0] == f"loading {folder / 'model'} …"
+    assert re.fullmatch(r"device +cpu, 1 thread, float32, no autocast", lines[1])
+    assert [line.split()[0] for line in lines[2:9]] == [
+        *("model", "critic", "reference", "prompts", "reward", "iteration", "run"),
+    ]
+    assert lines[9] == "iteration 1 …"
+    pace = r"\d+(\.\d+)? s per iteration"
+    assert re.fullmatch(rf"iteration 1/2  score +[+-]\d\.\d{{3}}  reward.*  {pace}, \d+ s left", lines[10])
+    assert re.fullmatch(rf"iteration 2/2  score +[+-]\d\.\d{{3}}  reward.*  {pace}", lines[11])
     assert "\x1b" not in process.stdout + process.stderr
     assert "\r" not in process.stdout + process.stderr
     assert process.stderr == ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import runpy
 import shlex
@@ -15,6 +14,8 @@ import torch
 
 from tether.cli import main
 from tether.language.models import load_causal_lm, load_tokenizer
+from tether.pipeline.evaluate import estimate, estimate_share
+from tether.uncertainty import wilson
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples/hh"
@@ -209,19 +210,18 @@ def test_the_model_is_made_from_its_seed_and_its_tokenizer_writes_every_text(dat
 def test_the_win_rate_is_that_of_all_pairs_of_responses_to_a_prompt() -> None:
     found = WIN_RATE.compare({"p": [1.0, 3.0], "q": [0.0]}, {"p": [2.0, 1.0], "q": [1.0]})
     wins, gains = [(0 + 0.5 + 1 + 1) / 4, 0.0], [0.5, -1.0]
-    assert found.win_rate == sum(wins) / 2
-    assert found.gain == sum(gains) / 2
-    half = 1.96 * math.sqrt(((wins[0] - wins[1]) / 2) ** 2 * 2 / 2)  # variance of two values, over two prompts
-    assert found.win_interval == pytest.approx((max(0, 0.3125 - half), 0.3125 + half))
-    assert found.gain_interval == pytest.approx((-0.25 - 1.96 * 0.75, -0.25 + 1.96 * 0.75))
+    assert found.wins == estimate_share(wins, 2)
+    assert found.wins.mean == sum(wins) / 2
+    assert found.gain == estimate(gains)
+    assert found.gain.mean == sum(gains) / 2
     assert found.prompts == 2
 
 
 def test_the_win_rate_of_the_same_responses_is_a_half() -> None:
     scores = {f"p{i}": [float(i % 3)] for i in range(30)}
     found = WIN_RATE.compare(scores, scores)
-    assert (found.win_rate, found.gain) == (0.5, 0.0)
-    assert found.win_interval == (0.5, 0.5)
+    assert (found.wins.mean, found.gain.mean) == (0.5, 0.0)
+    assert found.wins.interval == pytest.approx(wilson(15, 30))  # 30 ties are no proof of a half
 
 
 def test_the_win_rate_refuses_files_of_different_prompts_and_without_scores(tmp_path: Path) -> None:
@@ -271,4 +271,4 @@ def test_the_commands_of_the_page_run_one_after_the_other(
         else:
             script(Path(words[0]).stem).main(words[1:])
     said = capsys.readouterr().out
-    assert re.search(r"win rate \d+\.\d%, 95 % interval .* on \d+ prompts", said)
+    assert re.search(r"win rate \d+% \(\d+ to \d+%\) on \d+ prompts", said)

@@ -7,15 +7,14 @@ the same prompts, any number of responses to each.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tether.errors import UserError
 from tether.language.rows import load_rows
-
-NORMAL_95 = 1.96  # two-sided 95 % quantile of the standard normal distribution
+from tether.pipeline.evaluate import Estimate, estimate, estimate_share
+from tether.uncertainty import percent, with_error
 
 
 @dataclass(frozen=True)
@@ -24,17 +23,13 @@ class Comparison:
 
     Attributes:
         prompts: n.
-        win_rate: probability that a response of the new policy has the higher score; equal scores count half.
-        win_interval: its interval.
+        wins: probability that a response of the new policy has the higher score; equal scores count half.
         gain: mean of the new scores less the old.
-        gain_interval: its interval.
     """
 
     prompts: int
-    win_rate: float
-    win_interval: tuple[float, float]
-    gain: float
-    gain_interval: tuple[float, float]
+    wins: Estimate
+    gain: Estimate
 
 
 def compare(new: Mapping[str, Sequence[float]], old: Mapping[str, Sequence[float]]) -> Comparison:
@@ -44,19 +39,7 @@ def compare(new: Mapping[str, Sequence[float]], old: Mapping[str, Sequence[float
         pairs = [(a, b) for a in scores for b in old[prompt]]
         wins.append(sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs))
         gains.append(sum(a - b for a, b in pairs) / len(pairs))
-    rate, half = mean_with_interval(wins)
-    gain, gain_half = mean_with_interval(gains)
-    within = (max(0.0, rate - half), min(1.0, rate + half))
-    return Comparison(len(wins), rate, within, gain, (gain - gain_half, gain + gain_half))
-
-
-def mean_with_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its interval by the normal approximation; infinite of one value."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, math.inf
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, NORMAL_95 * math.sqrt(variance / len(values))
+    return Comparison(len(wins), estimate_share(wins, max(map(len, new.values()))), estimate(gains))
 
 
 def read(path: str, column: str) -> dict[str, list[float]]:
@@ -84,10 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     found = compare(new, old)
-    low, high = found.win_interval
-    print(f"win rate {found.win_rate:.1%}, 95 % interval {low:.1%} to {high:.1%}, on {found.prompts} prompts")
-    low, high = found.gain_interval
-    print(f"score {found.gain:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}")
+    assert found.wins.interval is not None  # a share always has one
+    print(f"win rate {percent(found.wins.mean, found.wins.interval)} on {found.prompts:,} prompts")
+    print(f"score higher by {with_error(found.gain.mean, found.gain.standard_error)}")
 
 
 if __name__ == "__main__":

@@ -110,7 +110,6 @@ def _resuming(arguments: list[str], command: str) -> tuple[list[str], bool]:
 def _ppo(arguments: list[str]) -> int:
     from tether.config import load_config
     from tether.pipeline.ppo import PPOConfig, train_ppo
-    from tether.runs import Display
 
     arguments, resume = _resuming(arguments, "ppo")
     description = (
@@ -118,19 +117,7 @@ def _ppo(arguments: list[str]) -> int:
         "configuration in its folder; flags may change fields, such as --iterations."
     )
     config = load_config(PPOConfig, arguments, "tether ppo", description)
-    columns = (
-        "score",
-        *(("score_drawn", "filtered_share") if config.collect.filter_prompts else ()),
-        "reward",
-        "kl",
-        "entropy",
-        "response_length",
-        "eos_share",
-        "clip_fraction",
-        "explained_variance",
-    )
-    with Display(config.iterations, columns) as display:
-        trained = train_ppo(config, resume=resume, report=lambda step: display.update(step.number, step.metrics))
+    trained = train_ppo(config, resume=resume)
     print(f"\nthe policy, a Hugging Face folder:  {trained.policy}")
     print(f"how it went, as a page:            tether report {config.output}")
     if trained.learner.iteration < config.iterations:
@@ -141,7 +128,6 @@ def _ppo(arguments: list[str]) -> int:
 def _control(arguments: list[str]) -> int:
     from tether.config import load_config
     from tether.pipeline.control import ControlConfig, ControlEvalConfig, evaluate_control, train_control
-    from tether.runs import Display
 
     if any(word == "--eval" or word.startswith("--eval=") for word in arguments):
         evaluate_control(load_config(ControlEvalConfig, arguments, "tether control", "Try the policy of a run."))
@@ -152,9 +138,7 @@ def _control(arguments: list[str]) -> int:
         "was stopped goes on; `--eval FOLDER` tries the policy of a run (`--eval FOLDER --help` for its settings)."
     )
     config = load_config(ControlConfig, arguments, "tether control", description)
-    columns = ("steps", "score", "episode_length", "entropy", "approx_kl", "clip_fraction", "explained_variance")
-    with Display(config.iterations, columns) as display:
-        trained = train_control(config, resume=resume, report=lambda step: display.update(step.number, step.metrics))
+    trained = train_control(config, resume=resume)
     trained.world.environments.close()
     print(f"\ntry it:           tether control --eval {config.output} --record {config.output}/film.gif")
     if trained.learner.iteration < config.iterations:

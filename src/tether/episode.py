@@ -9,7 +9,7 @@ FILMS_FOLDER = "films"
 """Where a run's folder has the films of its episodes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Episode:
     """One trajectory from start to end: plain numbers and text.
 
@@ -60,3 +60,15 @@ class Episode:
     states: list[str] | None = None
     frames: str | None = None
     details: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        end = "terminated" if self.terminated else "truncated"
+        steps = f"{len(self.actions)} step{'' if len(self.actions) == 1 else 's'}"
+        words = f"{short_repr(self.prompt)} → {short_repr(self.response)}"
+        return f"{type(self).__name__}({words}, score {self.score:.3g}, {steps}, {end})"
+
+
+def short_repr(text: object, most: int = 60) -> str:
+    """The `repr` of something in one line of at most so many characters."""
+    shown = repr(text)
+    return shown if len(shown) <= most else f"{shown[: most - 2]}…{shown[-1]}"

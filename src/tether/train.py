@@ -52,7 +52,7 @@ class World(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Iteration:
     """What one turn of the loop did."""
 
@@ -62,6 +62,10 @@ class Iteration:
     returns: Tensor
     metrics: dict[str, float]
     last_seen: Evaluation | None = None
+
+    def __repr__(self) -> str:
+        shown = [f"{name} {self.metrics[name]:.3g}" for name in ("score", "reward") if name in self.metrics]
+        return f"Iteration({', '.join([str(self.number), *shown])}, {self.trajectories!r}, {len(self.metrics)} metrics)"
 
 
 def iterate(world: World, learner: Learner) -> Iterator[Iteration]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import random
 import time
@@ -15,6 +16,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from tests.processes import Commands, Moment
 from tests.run_folders import checkpoint_files, episode_rows, metric_lines, newest_checkpoint
 
@@ -26,13 +28,16 @@ from tether.errors import UserError
 from tether.pipeline.control import (
     ControlConfig,
     ControlEvalConfig,
+    ControlEvaluation,
     Player,
+    _show,
     build_control,
     evaluate_control,
     train_control,
 )
 from tether.ppo import AdvantageConfig, LearnerConfig
 from tether.runs import read_config, read_episodes, read_metrics
+from tether.uncertainty import with_error
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHIPPED = sorted((ROOT / "examples" / "control").glob("*.yaml"))
@@ -386,13 +391,26 @@ def test_the_policy_of_a_run_is_tried(
     assert len(result.returns) == len(result.lengths) == 5
     returns = np.array(result.returns)
     assert f"iteration {ITERATIONS}, 5 episodes, {'actions drawn' if sample else 'greedy'}" in said
-    assert f"mean return  {returns.mean():.1f} ± {returns.std(ddof=1) / 5**0.5:.1f}" in said
-    assert f"from {returns.min():.1f} to {returns.max():.1f}" in said
-    assert f"mean length  {np.mean(result.lengths):.1f}" in said
+    assert f"mean return  {with_error(returns.mean(), returns.std(ddof=1) / 5**0.5)} " in said
+    assert f"from {returns.min():.6g} to {returns.max():.6g}" in said
+    lengths = np.array(result.lengths)
+    assert f"mean length  {with_error(lengths.mean(), lengths.std(ddof=1) / 5**0.5)}" in said
     # episodes that the time limit cuts off say nothing of success
     assert ("success" in said) == (result.success is not None)
     other = evaluate_control(ControlEvalConfig(str(run), 5, sample, 4))
     assert other.returns != result.returns
+
+
+def test_returns_below_one_keep_their_digits_and_success_has_its_interval() -> None:
+    stream = io.StringIO()
+    found = ControlEvaluation([1.0] * 9 + [0.0], [12] * 10, [1.0] * 9 + [0.0])
+    _show(Console(file=stream, width=200), ControlEvalConfig("run"), ControlConfig(env="FrozenLake-v1"), 7, found)
+    assert stream.getvalue().splitlines() == [
+        "FrozenLake-v1, iteration 7, 10 episodes, greedy",
+        "  mean return  0.90 ± 0.10   from 0 to 1",
+        "  mean length  12.0",
+        "  success      90% (60 to 98%)",
+    ]
 
 
 def test_an_evaluation_is_episodes_played_by_hand_with_frozen_statistics(whole: Callable[[str], Path]) -> None:

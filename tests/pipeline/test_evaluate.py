@@ -15,8 +15,9 @@ from tests.models import make_model, make_tokenizer
 from tether.errors import RewardError, UserError
 from tether.language.prompts import PromptsConfig
 from tether.language.sampler import SamplingConfig
-from tether.pipeline.evaluate import EvalConfig, estimate, evaluate, pass_at_k
+from tether.pipeline.evaluate import EvalConfig, estimate, estimate_share, evaluate, pass_at_k
 from tether.rewards import RewardsConfig
+from tether.uncertainty import wilson, with_error
 
 REWARD = """
 def first_letter(completions, wanted):
@@ -51,6 +52,25 @@ def test_standard_error_and_interval_are_those_of_the_mean() -> None:
     assert found.interval is not None
     assert found.interval[1] - found.mean == pytest.approx(1.96 * np.std(values, ddof=1) / 2, rel=1e-4)
     assert estimate([0.3]).interval is None
+    assert estimate([1.0] * 20).interval is None  # values that are alike do not tell how far off their mean is
+
+
+@pytest.mark.parametrize(
+    ("values", "samples", "independent"),
+    [
+        ([1.0] * 9 + [0.0], 1, 10),
+        ([1.0] * 9 + [0.0], 8, 10),  # as many as prompts where each is all right or all wrong
+        ([1.0] * 10, 8, 10),
+        ([0.5] * 10, 8, 80),  # as many as responses where prompts are alike
+        ([0.25, 0.75], 8, 8),  # p (1 − p) of 1/4 over a variance of 1/16, for 2 prompts
+        ([1.0], 1, 1),
+    ],
+)
+def test_a_share_has_wilsons_interval(values: list[float], samples: int, independent: int) -> None:
+    share = sum(values) / len(values)
+    found = estimate_share(values, samples)
+    assert found.interval == pytest.approx(wilson(share * independent, independent))
+    assert found.standard_error == estimate(values).standard_error
 
 
 @pytest.fixture
@@ -94,13 +114,18 @@ def test_score_and_pass_at_k_are_those_of_the_responses(folder: Path, capsys: py
     assert written["config"]["samples"] == 8
     out = capsys.readouterr().out
     assert "pass@8" in out
-    assert f"{result.score.mean:.4f}" in out
+    assert with_error(result.score.mean, result.score.standard_error) in out
+    low, high = wilson(32 * right.mean(), 32)
+    assert low < result.pass_at[1].mean < high
+    found = result.pass_at[1].interval
+    assert found is not None
+    assert found[1] - found[0] >= (high - low) * (1 - 1e-9)  # responses to one prompt are not independent
 
 
 def test_several_rewards_are_told_apart(folder: Path) -> None:
     result = evaluate(config(folder, ("first_letter", "length"), k=(3,)), show=False)
     assert list(result.parts) == ["first_letter", "length"]
-    assert result.parts["length"].mean == pytest.approx(result.response_tokens)
+    assert result.parts["length"].mean == pytest.approx(result.response_tokens.mean)
     total = result.parts["first_letter"].mean + result.parts["length"].mean
     assert result.score.mean == pytest.approx(total)
     assert list(result.pass_at) == [3]

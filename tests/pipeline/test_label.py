@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,7 +162,9 @@ def test_the_page_is_opened_at_the_set(
     assert f"tether studio {tmp_path}" in capsys.readouterr().out
 
 
-def test_what_was_said_becomes_a_file_of_preferences(config: LabelConfig, tmp_path: Path) -> None:
+def test_what_was_said_becomes_a_file_of_preferences(
+    config: LabelConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = label(config)
     output = str(tmp_path / "preferences.jsonl")
     command = ["label", "--export", str(file), "--output", output]
@@ -171,6 +174,7 @@ def test_what_was_said_becomes_a_file_of_preferences(config: LabelConfig, tmp_pa
             labels.answer("ann", pair, answer)  # type: ignore[arg-type]
         expected = list(labels.preferences())
     assert main(command) == 0
+    assert re.search(r"A is preferred in \d+% \(\d+ to \d+%\) of the pairs without a tie", capsys.readouterr().out)
     assert [json.loads(line) for line in Path(output).read_text().splitlines()] == expected
     found = load_preferences(PreferencesConfig(path=output)).pairs
     assert [pair.tie for pair in found] == [False, False, True]

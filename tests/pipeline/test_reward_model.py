@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from tether.cli import main
 from tether.errors import RewardError, UserError
 from tether.language.preferences import Preference, PreferencesConfig
-from tether.pipeline.agreement import calibration, evaluate_scores, wilson
+from tether.pipeline.agreement import calibration, evaluate_scores
 from tether.pipeline.comparisons import accumulate_gradients, preference_loss, tokenize_pairs
 from tether.pipeline.reward_model import RewardModelConfig, RewardTraining, split_by_prompt, train_reward_model
 from tether.rewards import Rewards, RewardsConfig, check_reward
@@ -255,15 +255,6 @@ def test_a_model_that_knows_its_annotator_is_calibrated() -> None:
     seen = np.where(agreed, gaps, -gaps)  # chosen minus rejected
     assert calibration(seen)[0] < 0.015
     assert calibration(3 * seen)[0] > 0.1  # too sure of itself
-
-
-@pytest.mark.parametrize(
-    ("successes", "count", "expected"),
-    [(8, 10, (0.4902, 0.9433)), (0, 10, (0.0, 0.2775)), (10, 10, (0.7225, 1.0)), (0, 0, (0.0, 1.0))],
-)
-def test_wilson_interval(successes: int, count: int, expected: tuple[float, float]) -> None:
-    """Values of Newcombe's method 3, as any table of it has them."""
-    assert wilson(successes, count) == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_evaluation_by_hand() -> None:

@@ -153,9 +153,12 @@ def test_a_page_has_all_that_a_run_has(tmp_path: Path) -> None:
     reader = Reader(text)
     for heading in ("Alarms", "Score against KL", "What it earns", "What it costs", "How it learns", "Samples"):
         assert f"<h2>{heading}</h2>" in text
+    # scores of 0.9 and 1.0 in the two iterations of the window
+    assert "<b>0.950</b><span>score</span><small>± 0.050, first: 0.100</small>" in text
+    assert "<b>95.0 %</b><span>distinct responses</span><small>± 5.0, first: 10.0 %</small>" in text
     for legend in ("PPO, score", "PPO, gold score", "best of n, score", "best of n, gold score"):
         assert f"</i>{legend}</li>" in text
-    assert "best of n, gold score, n = 4: 3.5 ± 0.98 at 0.636 nats" in reader.text
+    assert "best of n, gold score, n = 4: 3.50 ± 0.98 at 0.636 nats" in reader.text
     for name in ("score", "gold", "reward", "KL", "length", "entropy", "variety", "ended by itself", "clip fraction"):
         assert f"<figcaption><b>{name}</b>" in text
     assert "<figcaption><b>β</b>" not in text  # it never changes

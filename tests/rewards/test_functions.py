@@ -170,6 +170,59 @@ def test_weights_and_parts() -> None:
     assert len(set(scores.parts)) == 2  # functions of the same name keep a part each
 
 
+def brief(completions: list[str]) -> list[float]:
+    return [-float(len(text)) for text in completions]
+
+
+def exclaims(completions: list[str]) -> list[float]:
+    return [float("!" in text) for text in completions]
+
+
+@pytest.mark.parametrize(
+    ("functions", "config", "weights"),
+    [
+        (brief, RewardsConfig(), {"brief": 1.0}),
+        ([brief, exclaims], RewardsConfig(), {"brief": 1.0, "exclaims": 1.0}),
+        ((brief, exclaims), RewardsConfig(weights=(0.5, 2.0)), {"brief": 0.5, "exclaims": 2.0}),
+        ({brief: 0.5, exclaims: 2}, RewardsConfig(), {"brief": 0.5, "exclaims": 2.0}),
+        ({brief: 0.5, "length?per_token=1": 3.0}, RewardsConfig(), {"brief": 0.5, "length": 3.0}),
+        ([brief, brief, "regex?pattern=a"], RewardsConfig(), {"brief": 1.0, "brief_2": 1.0, "regex": 1.0}),
+    ],
+)
+def test_functions_from_python_have_names_and_weights(
+    functions: Any, config: RewardsConfig, weights: dict[str, float]
+) -> None:
+    rewards = Rewards(config, functions)
+    assert dict(zip(rewards.functions, rewards.weights, strict=True)) == weights
+    scores = rewards(["p"], ["hey!"], [[1, 2]], {})
+    assert list(scores.parts) == list(weights)
+    assert scores.total[0] == pytest.approx(sum(weights[name] * scores.parts[name][0] for name in weights))
+
+
+def test_weights_of_a_dict_come_after_the_tasks_own() -> None:
+    rewards = Rewards(RewardsConfig(), {brief: 0.5}, first=exclaims)
+    assert dict(zip(rewards.functions, rewards.weights, strict=True)) == {"exclaims": 1.0, "brief": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("functions", "config", "message"),
+    [
+        (3, RewardsConfig(), "gold: found int, expected a function, a list of functions, or a dict from function to"),
+        ([brief, 3], RewardsConfig(), r"gold: found int \(3\) among them, expected functions"),
+        ({"correct": brief}, RewardsConfig(), r"gold: the weight of `correct` is function .*, expected a number"),
+        ({brief: True}, RewardsConfig(), r"gold: the weight of `brief` is bool \(True\), expected a number"),
+        ({brief: float("nan")}, RewardsConfig(), "gold.weights holds nan; expected finite numbers"),
+        ({brief: 1.0}, RewardsConfig(weights=(1.0,)), "gold.weights is set, and the functions given have weights too"),
+        ([], RewardsConfig(), "no reward: name at least one function"),
+        ([brief, exclaims], RewardsConfig(weights=(1.0,)), "gold.weights has 1 numbers for 2 functions"),
+    ],
+)
+def test_functions_from_python_that_do_not_fit(functions: Any, config: RewardsConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        Rewards(config, functions, section="gold")
+    assert "\n" not in str(caught.value)
+
+
 def test_none_means_that_a_reward_does_not_apply() -> None:
     rewards = Rewards(RewardsConfig(), [lambda **_: [1, None], lambda **_: [None, 3]])
     scores = rewards(["p"] * 2, ["a", "b"], [[], []], {})

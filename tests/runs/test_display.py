@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import io
+import itertools
 import logging
 import os
 import pty
@@ -16,16 +18,21 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from rich.console import Console, Group
 
 from tether.runs import Display
+from tether.runs.display import Format, Pace, duration, table
 
 
 def script(how: str) -> None:
     """What a command does that shows its progress."""
     try:
-        with Display(20, ("score", "loss/kl"), start=2) as display:
+        with Display(20, ("score", "loss/kl")) as display:
+            display.phase("drawing the frontier")
+            if how == "raise early":
+                raise ValueError("no model")
+            display.begin(done=2)
             for iteration in (3, 4):
-                display.phase("collecting")
                 display.update(iteration, {"score": 0.1 * iteration, "loss/kl": 0.012})
                 logging.getLogger("tether").warning("a warning [in brackets] %d", iteration)
                 display.note("a note [bold]as is[/bold]")
@@ -115,10 +122,13 @@ def test_plain_lines_in_a_pipe() -> None:
     child = start("end", out_end, errors_end)
     os.close(out_end)
     os.close(errors_end)
-    assert b"".join(read(out)).decode().splitlines() == [
-        "iteration  3/20  score  +0.300  kl   0.012",
+    said = re.sub(r"0\.\d+ s per iteration, 0 s left", "PACE", b"".join(read(out)).decode())
+    assert said.splitlines() == [
+        "drawing the frontier …",
+        "iteration 3 …",
+        "iteration  3/20  score  +0.300  kl   0.012  PACE",
         "a note [bold]as is[/bold]",
-        "iteration  4/20  score  +0.400  kl   0.012",
+        "iteration  4/20  score  +0.400  kl   0.012  PACE",
         "a note [bold]as is[/bold]",
         "end",
     ]
@@ -131,6 +141,8 @@ def test_plain_lines_are_there_at_once() -> None:
     child = start("wait", out_end, os.open(os.devnull, os.O_WRONLY))
     os.close(out_end)
     with os.fdopen(out, "rb", buffering=0) as stream:
+        assert stream.readline() == "drawing the frontier …\n".encode()
+        assert stream.readline() == "iteration 3 …\n".encode()
         assert stream.readline().startswith(b"iteration  3/20")
         while stream.readline() != b"waiting\n":
             pass
@@ -143,6 +155,7 @@ def test_live_table_on_a_terminal() -> None:
     received = run_in_terminal("end")
     assert received.rindex("\x1b[?25h") > received.rindex("\x1b[?25l")  # the cursor is hidden, and shown again
     lines = screen(received)
+    assert lines.pop(0) == "drawing the frontier …"
     assert lines[:4] == [
         "a warning [in brackets] 3",
         "a note [bold]as is[/bold]",
@@ -154,7 +167,7 @@ def test_live_table_on_a_terminal() -> None:
         ["3/20", "+0.300", "0.012"],
         ["4/20", "+0.400", "0.012"],
     ]
-    assert re.fullmatch(r"iteration ━+.━+ +4/20 0:00:\d\d -?[\d:-]+", lines[7])
+    assert re.fullmatch(r"iteration ━+.━+ +4/20 0:00:\d\d \d s left", lines[7])
     assert lines[8:] == ["end", ""]
 
 
@@ -162,6 +175,12 @@ def test_an_error_leaves_a_clean_terminal() -> None:
     received = run_in_terminal("raise")
     assert received.rindex("\x1b[?25h") < received.index("Traceback")
     assert screen(received)[-2:] == ["ValueError: it broke", ""]
+
+
+def test_an_error_before_the_first_iteration_leaves_no_empty_bar() -> None:
+    lines = screen(run_in_terminal("raise early"))
+    assert lines[0] == "drawing the frontier …"
+    assert lines[1].startswith("Traceback")
 
 
 def test_ctrl_c_leaves_a_clean_terminal() -> None:
@@ -188,12 +207,101 @@ def test_a_dumb_terminal_gets_plain_lines() -> None:
     assert "iteration  3/20  score  +0.300  kl   0.012" in received
 
 
-def test_numbers(capsys: pytest.CaptureFixture[str]) -> None:
-    columns = ("score", "kl", "tokens", "loss", "missing", "train/clip_fraction")
-    with Display(5, columns, unit="step") as display:
-        display.update(
-            1, {"score": -0.5, "kl": 1.5e-6, "tokens": 12345, "loss": float("nan"), "train/clip_fraction": 123.4}
-        )
-    assert capsys.readouterr().out == (
-        "step 1/5  score  -0.500  kl 1.5e-06  tokens  12,345  loss     nan  missing       -  clip fraction     123\n"
-    )
+def shown(value: float, name: str = "loss", first: float | None = None) -> str:
+    form = Format(name)
+    if first is not None:
+        form(first)
+    return form(value)
+
+
+def test_numbers() -> None:
+    assert shown(-0.5, "score") == "-0.500"
+    assert shown(12345) == "12,345"
+    assert shown(float("nan")) == "nan"
+    assert shown(2e-5, "train/learning_rate") == "2.00e-05"
+    assert shown(1.5e12) == "1.50e+12"
+    assert shown(-1e-9) == "0.000"
+    assert Format("loss")(None) == "-"
+
+
+def test_a_column_is_written_in_one_way() -> None:
+    form = Format("train/clip_fraction")
+    assert [form(value) for value in (0.008, 9.9e-4, 0.0, 0.25)] == ["0.0080", "0.0010", "0.0000", "0.2500"]
+    assert [shown(value, "score", first=-212.4) for value in (99.123, 280.31)] == ["+99.1", "+280.3"]
+    assert shown(0.4, "kl", first=2.9e-13) == "0.400"
+    assert shown(31.331, "score", first=20.74) == "+31.33"
+    assert shown(2951.0, "steps", first=981.0) == "2,951"
+
+
+def test_how_long_the_rest_takes_is_told_by_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    pace = Pace(1000)
+    now += 300  # loading
+    pace.begin(done=10)
+    assert pace.words("iteration") == ""
+    for done, seconds in ((11, 4.0), (12, 400.0), (13, 4.2), (14, 3.9), (16, 8.2)):  # a slow one; two at once
+        now += seconds
+        pace.update(done)
+    assert pace.words("iteration") == "4.1 s per iteration, 1 h 7 min left"
+    now += 3
+    assert pace.left() == pytest.approx(984 * 4.1 - 3)
+    now += 1000  # an iteration that takes long has not brought the end nearer than its own median
+    assert pace.left() == pytest.approx(983 * 4.1)
+    pace.update(1000)
+    assert pace.words("step").endswith(" s per step")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.2, "0 s"),
+        (45, "45 s"),
+        (59.7, "1 min"),
+        (720, "12 min"),
+        (3600, "1 h"),
+        (12000, "3 h 20 min"),
+        (202000, "2 d 8 h"),
+    ],
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+LABELS = ("iteration", "steps", "score", "reward", "kl", "entropy", "response length", "eos share", "clip fraction",
+          "explained variance")  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 90, 120, 200])
+@pytest.mark.parametrize("digits", [1, 12])
+def test_a_number_is_never_cut(width: int, digits: int) -> None:
+    """Columns that do not fit are lines below; labels break between words."""
+    rows = [[f"{7 + row}/1000", *(f"{column}{row}.{'5' * digits}" for column in range(9))] for row in range(3)]
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    console.print(Group(*table(LABELS, rows, width)))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= width
+    words = " ".join(lines).split()
+    for number in rows[-1]:
+        assert number in words
+    for label in LABELS:
+        assert set(label.split()) <= set(words)
+    assert "…" not in " ".join(lines)
+    if width == 200:
+        assert len(lines) == 4
+
+
+@pytest.mark.parametrize("width", [50, 60, 80, 90, 200])
+def test_the_bar_shows_its_numbers_whole_at_any_width(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    clock = itertools.count(0, 5000)
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    display = Display(100_000, ("score",))
+    display.begin(12_344)
+    display.update(12_345, {"score": 0.5})
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    console.print(display._render())
+    bar = console.file.getvalue().splitlines()[-1]  # type: ignore[attr-defined]
+    assert re.fullmatch(r"iteration [━╸╺ ]*12345/100000 -?[\d:-]+ .*\d+ d( \d+ h)? left *", bar), bar

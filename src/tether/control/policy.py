@@ -34,7 +34,7 @@ _HIDDEN_GAIN, _POLICY_GAIN, _VALUE_GAIN = math.sqrt(2.0), 0.01, 1.0
 """Of the orthogonal initialisation (Huang et al. 2022, detail 2)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StateContext:
     """The states that a policy acted in, as it saw them.
 
@@ -43,6 +43,9 @@ class StateContext:
     """
 
     observations: Tensor
+
+    def __repr__(self) -> str:
+        return f"StateContext({' × '.join(map(str, self.observations.shape))} numbers)"
 
     @property
     def lengths(self) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TokenContext:
     """The sequences in which responses stand, and how their tokens were drawn.
 
@@ -29,6 +29,9 @@ class TokenContext:
     starts: Tensor
     temperature: float = 1.0
     support: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"TokenContext({len(self.tokens)} sequences, up to {self.tokens.shape[1]} tokens)"
 
     @property
     def lengths(self) -> Tensor:

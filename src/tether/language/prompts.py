@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from tether.episode import short_repr
 from tether.errors import UserError
 from tether.language.rows import Row, load_rows
 
@@ -47,7 +48,7 @@ class PromptsConfig:
     """What happens to a prompt that is longer: stop with an error, or leave it out and say how many were."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prompt:
     """One prompt, ready to be continued.
 
@@ -64,6 +65,9 @@ class Prompt:
     source: str | Messages
     columns: dict[str, Any]
     row: int
+
+    def __repr__(self) -> str:
+        return f"Prompt({short_repr(self.text)}, {len(self.token_ids)} tokens, row {self.row})"
 
 
 def load_prompts(

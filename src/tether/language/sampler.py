@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tether.episode import short_repr
 from tether.language.decoding import Decoder, PlainDecoder, SlotDecoder
 from tether.language.head import keep_likeliest
 from tether.language.likeliest import alternatives
@@ -62,7 +63,7 @@ class SamplingConfig:
             raise ValueError(f"alternatives is {self.alternatives}, expected 0 or more")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Samples:
     """Responses and what the policy thought while drawing them; tensors are on the CPU.
 
@@ -88,6 +89,13 @@ class Samples:
     support: Tensor | None
     likeliest: Tensor | None = None
     likeliest_probabilities: Tensor | None = None
+
+    def __repr__(self) -> str:
+        first = f", the first {short_repr(self.texts[0])}" if self.texts else ""
+        return (
+            f"Samples({len(self.texts)} responses, {int(self.mask.sum())} tokens, {int(self.terminated.sum())} "
+            f"terminated{first})"
+        )
 
     def select(self, rows: Sequence[int]) -> Samples:
         """These responses, in this order, cut to the longest among them."""

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tether.pipeline.comparisons import preference_loss
+from tether.uncertainty import wilson
 
 BINS = 10  # of the reliability curve, over confidences from 0.5 to 1
-NORMAL_95 = 1.959963984540054  # two-sided 95 % quantile of the standard normal distribution
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Evaluation:
         accuracy: share of pairs in which the chosen response has the higher score; equal scores count half.
         interval: its 95 % interval by Wilson (1927).
         margin: mean of r_chosen − r_rejected over the pairs.
+        margin_error: its standard error, NaN of fewer than two pairs.
         calibration_error: Σ (bin's share)·|its accuracy − its confidence| (Guo et al. 2017, equation 3).
         reliability: the curve's bins.
         length_correlation: Pearson's between scores and lengths of responses in tokens.
@@ -60,8 +61,9 @@ class Evaluation:
     accuracy: float
     interval: tuple[float, float]
     margin: float
+    margin_error: float
     calibration_error: float
-    reliability: tuple[Bin, ...]
+    reliability: tuple[Bin, ...] = field(repr=False)
     length_correlation: float
     longer_by_model: float
     longer_by_people: float
@@ -105,6 +107,7 @@ def evaluate_scores(
         accuracy=accuracy,
         interval=wilson(float(right.sum()), len(gaps)),
         margin=mean(gaps),
+        margin_error=float(gaps.std(ddof=1)) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan,
         calibration_error=error,
         reliability=bins,
         length_correlation=correlation,
@@ -130,16 +133,6 @@ def calibration(gaps: np.ndarray, count: int = BINS) -> tuple[float, tuple[Bin, 
         if inside.any():
             error += float(inside.mean()) * abs(accuracy - confidence)
     return (error if len(gaps) else math.nan), tuple(bins)
-
-
-def wilson(successes: float, count: int, z: float = NORMAL_95) -> tuple[float, float]:
-    """Score interval of a share (Wilson 1927); (0, 1) where there is nothing to go by."""
-    if count == 0:
-        return 0.0, 1.0
-    share = successes / count
-    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def mean(values: np.ndarray) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,12 +28,16 @@ from tether.control.vectors import success_of
 from tether.control.world import ControlCollectConfig, ControlWorld, load_policy
 from tether.devices import AUTO, choose_device
 from tether.errors import UserError
+from tether.pipeline.opening import count, describe_control
+from tether.pipeline.progress import Progress
 from tether.pipeline.training import Trained, restore, train_in_folder
 from tether.ppo import AdvantageConfig, Learner, LearnerConfig
 from tether.runs import latest_checkpoint, load_state, read_config
 from tether.runs.random_states import seed_random_states
 from tether.train import Iteration
+from tether.uncertainty import share, with_error
 
+SHOWN = ("steps", "score", "episode_length", "entropy", "approx_kl", "clip_fraction", "explained_variance")
 MOST_FRAMES_PER_SECOND = 50  # of films; browsers play no GIF faster
 
 
@@ -174,32 +178,45 @@ def _refuse_other_environments(config: ControlConfig, checkpoint: Path) -> None:
 
 
 def train_control(
-    config: ControlConfig, resume: bool = False, report: Callable[[Iteration], None] | None = None
+    config: ControlConfig,
+    resume: bool = False,
+    report: Callable[[Iteration], None] | None = None,
+    progress: bool | None = None,
 ) -> Trained[ControlWorld]:
     """Train as configured, in a folder: see `tether.pipeline.training.train_in_folder`. Environments are left open.
+
+    Args:
+        config: see `ControlConfig`.
+        resume: go on with the run that `config.output` holds.
+        report: told of every iteration, after it was logged.
+        progress: print what is made and how the run goes. None: unless there is a `report`, which may show it itself.
 
     Raises:
         UserError: something the user brought cannot work.
     """
     kept = {"environments": _environments_of(config)}
-
-    def build(checkpoint: Path | None) -> tuple[ControlWorld, Learner]:
-        world, learner = build_control(config, checkpoint)
-        set_threads(config, world)
-        return world, learner
-
     threads_before = torch.get_num_threads()
-    try:
-        return train_in_folder(
-            config,
-            build,
-            resume,
-            report,
-            lambda world: kept,
-            settled=lambda world: replace(config, device=str(world.policy.device)),
-        )
-    finally:
-        torch.set_num_threads(threads_before)
+    with Progress(config.iterations, SHOWN, report is None if progress is None else progress) as shown:
+
+        def build(checkpoint: Path | None) -> tuple[ControlWorld, Learner]:
+            shown.phase(f"making {count(config.environments.count, 'environment')} of {config.env}")
+            world, learner = build_control(config, checkpoint)
+            set_threads(config, world)
+            shown.say(describe_control(config, world, learner))
+            return world, learner
+
+        try:
+            return train_in_folder(
+                config,
+                build,
+                resume,
+                report,
+                lambda world: kept,
+                settled=lambda world: replace(config, device=str(world.policy.device)),
+                progress=shown,
+            )
+        finally:
+            torch.set_num_threads(threads_before)
 
 
 def set_threads(config: ControlConfig, world: ControlWorld) -> None:
@@ -232,13 +249,16 @@ class ControlEvalConfig:
             raise ValueError(f"record is {self.record!r}, expected a file name that ends in .gif or .mp4")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ControlEvaluation:
     """What came of the episodes, one entry each; success is None where the environment does not speak of it."""
 
     returns: list[float]
     lengths: list[int]
     success: list[float] | None
+
+    def __repr__(self) -> str:
+        return f"ControlEvaluation({len(self.returns)} episodes, mean return {_mean(self.returns)})"
 
 
 def evaluate_control(config: ControlEvalConfig) -> ControlEvaluation:
@@ -356,17 +376,23 @@ def _written(path: str) -> Iterator[None]:
 def _show(
     console: Console, config: ControlEvalConfig, run: ControlConfig, iteration: int, evaluation: ControlEvaluation
 ) -> None:
-    returns = np.array(evaluation.returns)
+    returns = evaluation.returns
     how = "actions drawn" if config.sample else "greedy"
-    error = f" ± {returns.std(ddof=1) / math.sqrt(len(returns)):.1f}" if len(returns) > 1 else ""
     console.print(f"{run.env}, iteration {iteration}, {len(returns)} episodes, {how}", markup=False)
-    span = f"from {returns.min():.1f} to {returns.max():.1f}"
-    console.print(f"  mean return  [bold]{returns.mean():.1f}[/bold]{error}   {span}")
-    console.print(f"  mean length  {np.mean(evaluation.lengths):.1f}")
+    console.print(f"  mean return  {_mean(returns)}   from {min(returns):.6g} to {max(returns):.6g}", markup=False)
+    console.print(f"  mean length  {_mean(evaluation.lengths)}", markup=False)
     if evaluation.success is not None:
-        console.print(f"  success      {np.mean(evaluation.success):.1%}")
+        counts = set(evaluation.success) <= {0.0, 1.0}
+        success = share(sum(evaluation.success), len(evaluation.success)) if counts else _mean(evaluation.success)
+        console.print(f"  success      {success}", markup=False)
     if config.record is not None:
         console.print(f"  film         {config.record}", markup=False)
+
+
+def _mean(values: Sequence[float]) -> str:
+    """With its standard error, where there is one."""
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+    return with_error(float(np.mean(values)), error)
 
 
 __all__ = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +21,20 @@ from tether.errors import RewardError, UserError
 from tether.language.prompts import PromptsConfig, load_prompts, prompts_from_rows
 from tether.language.sampler import SamplingConfig
 from tether.language.world import as_completion
-from tether.pipeline.generate import Response, check_output, load_sampler, open_rows, sample_responses, write_row
+from tether.pipeline.generate import (
+    Response,
+    check_output,
+    load_sampler,
+    open_rows,
+    sample_responses,
+    tell_size,
+    write_row,
+)
+from tether.pipeline.opening import count
 from tether.pretrained import context_length
 from tether.rewards import Rewards, RewardsConfig, Scores
 from tether.rewards.tasks import ProblemsConfig, Task
+from tether.uncertainty import NORMAL_95, percent, rounded, wilson, with_error
 
 
 @dataclass(frozen=True)
@@ -81,18 +91,17 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over prompts and its standard error s/√n; None where fewer than two prompts have a value."""
+    """A mean over prompts.
+
+    Attributes:
+        standard_error: s/√n; None where fewer than two prompts have a value.
+        interval: 95 % confidence interval. Of a share that of Wilson (1927); otherwise the normal approximation, which
+            is rough below some 30 prompts. None where the values do not tell: a single one, or all alike.
+    """
 
     mean: float
     standard_error: float | None
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """95 % confidence interval by the normal approximation, which is rough below some 30 prompts."""
-        if self.standard_error is None:
-            return None
-        half = 1.959963984540054 * self.standard_error
-        return self.mean - half, self.mean + half
+    interval: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,7 @@ class EvalResult:
         parts: of each reward function by name, before its weight, where there are several.
         pass_at: for each k, the probability that the best of k responses is correct.
         terminated: share of responses that ended by themselves.
-        response_tokens: mean length, eos included.
+        response_tokens: length, eos included.
         per_prompt: for each prompt its row, mean score and number of correct responses.
     """
 
@@ -113,9 +122,9 @@ class EvalResult:
     score: Estimate
     parts: dict[str, Estimate]
     pass_at: dict[int, Estimate]
-    terminated: float
-    response_tokens: float
-    per_prompt: list[dict[str, Any]]
+    terminated: Estimate
+    response_tokens: Estimate
+    per_prompt: list[dict[str, Any]] = field(repr=False)
 
 
 def evaluate(config: EvalConfig, show: bool = True) -> EvalResult:
@@ -144,7 +153,9 @@ def evaluate(config: EvalConfig, show: bool = True) -> EvalResult:
     places = [f"{config.prompts.path or config.task}, row {prompt.row}" for prompt in prompts]
     rewards.check(columns, [prompt.source for prompt in prompts], places)
     console = Console(highlight=False)
-    with Progress(console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
+    tally = tell_size(len(prompts), config.samples, config.sampling)
+    bar_wanted = show and console.is_terminal
+    with Progress(console=console, transient=True, disable=not bar_wanted) as progress:
         bar = progress.add_task("prompts", total=len(prompts))
         groups: list[tuple[list[Response], Scores]] = []
         with open_rows(config.responses, config.overwrite) as file:
@@ -160,12 +171,18 @@ def evaluate(config: EvalConfig, show: bool = True) -> EvalResult:
                 if file is not None:
                     for response, score in zip(responses, scores.total, strict=True):
                         write_row(file, response.as_row() | {"score": score})
-                progress.advance(bar, len(responses) / config.samples)
+                done = sum(len(own) for own, _ in groups) // config.samples
+                progress.update(bar, completed=done)
+                if not bar_wanted:
+                    tally.update(done)
     result = summarise(groups, config)
     if config.output is not None:
         _write(config, result)
     if show:
-        console.print(_table(config, result))
+        size = f"{count(result.prompts, 'prompt')} × {count(config.samples, 'response')}"
+        about = f"{size}; ± standard error over prompts; correct: score above {config.threshold:g}"
+        console.print(config.model, about, sep="\n", markup=False, soft_wrap=True)
+        console.print(_table(result))
     return result
 
 
@@ -192,9 +209,23 @@ def estimate(values: Sequence[float]) -> Estimate:
     """Mean and standard error of independent values, one per prompt."""
     mean = math.fsum(values) / len(values) if values else math.nan
     if len(values) < 2:
-        return Estimate(mean, None)
+        return Estimate(mean, None, None)
     variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return Estimate(mean, math.sqrt(variance / len(values)))
+    error = math.sqrt(variance / len(values))
+    return Estimate(mean, error, (mean - NORMAL_95 * error, mean + NORMAL_95 * error) if error else None)
+
+
+def estimate_share(values: Sequence[float], samples: int) -> Estimate:
+    """The same of values between 0 and 1, each from `samples` responses to a prompt, with an interval that stays there.
+
+    Wilson's interval, with the number of independent responses that would have the same variance (Korn and Graubard
+    1998): as many as prompts where each is all right or all wrong, more where prompts are alike, at most all responses.
+    """
+    found, n = estimate(values), len(values)
+    variance = math.fsum((value - found.mean) ** 2 for value in values) / n
+    largest = found.mean * (1 - found.mean)  # the variance where each prompt is all right or all wrong
+    effective = min(n * samples, n * largest / variance) if variance else n * samples if largest else n
+    return replace(found, interval=wilson(effective * found.mean, effective))
 
 
 def summarise(groups: Sequence[tuple[list[Response], Scores]], config: EvalConfig) -> EvalResult:
@@ -219,9 +250,9 @@ def summarise(groups: Sequence[tuple[list[Response], Scores]], config: EvalConfi
         samples=n,
         score=estimate([_mean(scores) for scores in by_prompt]),
         parts=parts,
-        pass_at={k: estimate([pass_at_k(n, c, k) for c in correct]) for k in ks},
-        terminated=_mean([float(response.terminated) for response in responses]),
-        response_tokens=_mean([float(len(response.token_ids)) for response in responses]),
+        pass_at={k: estimate_share([pass_at_k(n, c, k) for c in correct], n) for k in ks},
+        terminated=estimate_share([_mean(ended) for ended in _chunks([r.terminated for r in responses], n)], n),
+        response_tokens=estimate([_mean(own) for own in _chunks([len(r.token_ids) for r in responses], n)]),
         per_prompt=per_prompt,
     )
 
@@ -237,27 +268,26 @@ def _mean(values: Sequence[float]) -> float:
 def _write(config: EvalConfig, result: EvalResult) -> None:
     assert config.output is not None
     data = {"result": asdict(result), "config": config_to_dict(config)}
-    for estimates in (data["result"]["parts"], data["result"]["pass_at"], {"score": data["result"]["score"]}):
-        for entry in estimates.values():
-            entry["interval"] = Estimate(**entry).interval
     try:
         Path(config.output).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{config.output}: cannot be written: {error.strerror}") from error
 
 
-def _table(config: EvalConfig, result: EvalResult) -> Table:
-    table = Table(title=config.model, title_justify="left", caption_justify="left")
-    table.caption = (
-        f"{result.prompts} prompts × {result.samples} responses; {result.terminated:.1%} ended by themselves, "
-        f"{result.response_tokens:.1f} tokens on average; correct: score above {config.threshold:g}"
-    )
-    for name in ("", "mean", "standard error", "95 % interval"):
-        table.add_column(name, justify="left" if not name else "right")
-    rows = {"score": result.score} | {f"  {name}": value for name, value in result.parts.items()}
-    rows |= {f"pass@{k}": value for k, value in result.pass_at.items()}
-    for name, value in rows.items():
-        error = "-" if value.standard_error is None else f"{value.standard_error:.4f}"
-        interval = "-" if value.interval is None else f"{value.interval[0]:.4f} to {value.interval[1]:.4f}"
-        table.add_row(name, f"{value.mean:.4f}", error, interval)
+def _table(result: EvalResult) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("", "mean", "95 % interval"):
+        table.add_column(name, justify="left" if not name else "right", header_style="dim", overflow="fold")
+    for name, value in ({"score": result.score} | {f"  {name}": part for name, part in result.parts.items()}).items():
+        interval = "-" if value.interval is None else _between(value.interval, value.standard_error)
+        table.add_row(name, with_error(value.mean, value.standard_error), interval)
+    for name, value in ({f"pass@{k}": v for k, v in result.pass_at.items()} | {"ended": result.terminated}).items():
+        assert value.interval is not None  # a share always has one
+        shown, _, interval = percent(value.mean, value.interval).partition(" ")
+        table.add_row(name, shown, interval.strip("()"))
+    table.add_row("tokens", with_error(result.response_tokens.mean, result.response_tokens.standard_error), "")
     return table
+
+
+def _between(interval: tuple[float, float], error: float | None) -> str:
+    return f"{rounded(interval[0], error)} to {rounded(interval[1], error)}"

@@ -8,9 +8,8 @@ and not the training. Drawn once, before the first iteration, without touching a
 from __future__ import annotations
 
 import json
-import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -31,8 +30,6 @@ from tether.rewards.models import ModelReward
 from tether.rewards.remote import Remote
 from tether.runs.folder import FRONTIER_FILE, replace_file
 from tether.runs.random_states import random_states, set_random_states
-
-logger = logging.getLogger(__name__)
 
 LEARNED = (ModelReward, Judge, Remote)
 SAMPLES = 16  # where nothing else is asked for: up to a KL of 1.8 nats, for half as many calls as 32
@@ -56,8 +53,17 @@ class FrontierConfig:
             raise ValueError(f"prompts is {self.prompts}, expected at least 1")
 
 
-def draw_frontier(world: LanguageWorld, folder: Path, config: FrontierConfig, seed: int) -> None:
+def draw_frontier(
+    world: LanguageWorld, folder: Path, config: FrontierConfig, seed: int, phase: Callable[[str], None] | None = None
+) -> None:
     """Sample the reference, score the responses, and write `frontier.json`; nothing where it is there already.
+
+    Args:
+        world: whose reference, prompts and rewards are taken.
+        folder: of the run.
+        config: see `FrontierConfig`.
+        seed: of the run.
+        phase: told what is being done, if it is.
 
     Raises:
         RewardError: a reward function failed; the sampled responses are attached as `error.responses`.
@@ -68,12 +74,11 @@ def draw_frontier(world: LanguageWorld, folder: Path, config: FrontierConfig, se
     if samples == 0 or (folder / FRONTIER_FILE).exists():
         return
     count = min(config.prompts, len(world.prompts))
-    logger.info(
-        "scoring %d responses of the reference for the frontier, %d to each of %d prompts (--frontier.samples 0: none)",
-        count * samples,
-        samples,
-        count,
-    )
+    if phase is not None:
+        phase(
+            f"frontier: scoring {count * samples:,} responses of the reference, {samples} to each of {count} prompts "
+            "(--frontier.samples 0: none)"
+        )
     with _random_states_kept():
         generator = torch.Generator().manual_seed(seed ^ STREAM)
         chosen = [world.prompts[i] for i in torch.randperm(len(world.prompts), generator=generator)[:count].tolist()]

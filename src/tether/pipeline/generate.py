@@ -6,6 +6,7 @@ Knows folders, prompts and the sampler; nothing of rewards.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,12 +15,17 @@ from typing import Any, Literal, TextIO
 
 from rich.console import Console
 
+from tether.episode import short_repr
 from tether.errors import UserError
 from tether.language.models import load_causal_lm, load_tokenizer
 from tether.language.policy import LanguagePolicy
 from tether.language.prompts import Prompt, PromptsConfig, load_prompts, prompts_from_rows
 from tether.language.sampler import Sampler, SamplingConfig
+from tether.pipeline.opening import count, describe_policy, describe_tokenizer
+from tether.pipeline.progress import Tally
 from tether.pretrained import check_vocabulary, context_length
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class GenerateConfig:
             raise ValueError("prompt is empty, expected text")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Response:
     """One response to one prompt.
 
@@ -76,6 +82,11 @@ class Response:
     token_ids: list[int]
     terminated: bool
     log_prob: float
+
+    def __repr__(self) -> str:
+        end = "" if self.terminated else ", cut off"
+        words = f"{short_repr(self.prompt.text)} → {short_repr(self.text)}"
+        return f"Response({words}, {len(self.token_ids)} tokens{end}, log π {self.log_prob:.2f})"
 
     def as_row(self) -> dict[str, Any]:
         """What is written of it."""
@@ -94,6 +105,7 @@ def generate(config: GenerateConfig) -> list[Response]:
         config.model, config.sampling, config.seed, config.device, config.dtype, config.trust_remote_code
     )
     prompts = _prompts(config, sampler)
+    tally = tell_size(len(prompts), config.samples, config.sampling)
     responses: list[Response] = []
     console = Console(highlight=False, soft_wrap=True)
     with open_rows(config.output, config.overwrite) as file:
@@ -104,8 +116,10 @@ def generate(config: GenerateConfig) -> list[Response]:
                     write_row(file, response.as_row())
                 else:
                     _show(console, response)
+            if file is not None:
+                tally.update(len(responses) // config.samples)
     if config.output is not None:
-        console.print(f"{len(responses)} responses to {len(prompts)} prompts: {config.output}", markup=False)
+        console.print(f"{len(responses):,} responses to {len(prompts):,} prompts: {config.output}", markup=False)
     return responses
 
 
@@ -113,10 +127,23 @@ def load_sampler(
     model: str, sampling: SamplingConfig, seed: int, device: str, dtype: str, trust_remote_code: bool
 ) -> Sampler:
     """A sampler for the policy in a folder or on the hub."""
+    logger.info("loading %s", model or "the model")
     tokenizer = load_tokenizer(model, trust_remote_code)
     loaded = load_causal_lm(model, dtype, device, trust_remote_code)
     check_vocabulary(loaded, tokenizer, model)
+    logger.info("%s; %s", describe_policy(loaded, model), describe_tokenizer(tokenizer))
     return Sampler(LanguagePolicy(loaded), tokenizer, sampling, seed)
+
+
+def tell_size(prompts: int, samples: int, sampling: SamplingConfig) -> Tally:
+    """Log how much there is to sample; the tally counts prompts."""
+    logger.info(
+        "%s × %s × up to %s",
+        count(prompts, "prompt"),
+        count(samples, "response"),
+        count(sampling.max_new_tokens, "token"),
+    )
+    return Tally(prompts, "prompts")
 
 
 def sample_responses(sampler: Sampler, prompts: Sequence[Prompt], samples: int) -> Iterator[list[Response]]:

@@ -21,9 +21,12 @@ from tether.errors import UserError
 from tether.language.prompts import Prompt, PromptsConfig, load_prompts
 from tether.language.sampler import Sampler, SamplingConfig
 from tether.pipeline.generate import check_output, load_sampler, open_rows, sample_responses, write_row
+from tether.pipeline.opening import count
+from tether.pipeline.progress import Tally
 from tether.pretrained import context_length
 from tether.rewards.models import RewardModel
 from tether.runs.labels import LABELS_SUFFIX, LabelSet, NewPair, count_answers, create_labels
+from tether.uncertainty import share
 
 logger = logging.getLogger("tether")
 
@@ -107,11 +110,16 @@ def sample_pairs(config: LabelConfig) -> list[NewPair]:
     if config.against is not None:
         samplers.append(_sampler(config, config.against, config.seed + 1))
     wanted = config.pairs if judge is None else config.pool or POOL * config.pairs
+    logger.info("sampling %s of up to %s", count(wanted, "pair"), count(config.sampling.max_new_tokens, "token"))
+    tally = Tally(wanted, "pairs")
     pairs: list[NewPair] = []
     prompts = _prompts(config, samplers)
     for _ in range(ROUNDS):
         drawn = _answers(samplers, list(itertools.islice(prompts, wanted - len(pairs))))
-        pairs += [pair for pair in drawn if pair.a != pair.b]
+        for pair in drawn:
+            if pair.a != pair.b:
+                pairs.append(pair)
+                tally.update(len(pairs))
         if len(pairs) == wanted:
             break
     if not pairs:
@@ -218,5 +226,7 @@ def _tell(about: dict[str, Any], counts: dict[str, int], rows: int, output: str)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"A, {first}: preferred {counts['a']} times", markup=False)
     console.print(f"B, {second}: preferred {counts['b']} times; {counts['tie']} ties", markup=False)
+    if decided := counts["a"] + counts["b"]:
+        console.print(f"A is preferred in {share(counts['a'], decided)} of the pairs without a tie", markup=False)
     console.print(f"left out: {counts['both_bad']} where both are bad, {counts['skip']} skipped", markup=False)
     console.print(f"{rows} preferences: {output}", markup=False)

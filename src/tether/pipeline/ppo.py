@@ -14,6 +14,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tether.devices import check_compiler, choose_device
+from tether.episode import short_repr
 from tether.errors import UserError
 from tether.language.adapters import LoRAConfig, base_of, give_adapters, read_weights
 from tether.language.models import (
@@ -34,11 +35,14 @@ from tether.language.sampler import Sampler, SamplingConfig
 from tether.language.world import CollectConfig, LanguageWorld
 from tether.memory import keep_freed_memory
 from tether.pipeline.frontier import FrontierConfig, draw_frontier
+from tether.pipeline.opening import describe_ppo
+from tether.pipeline.progress import Progress
 from tether.pipeline.training import Trained, restore, train_in_folder
 from tether.pipeline.value_model import critic_from_reward_model
 from tether.ppo import AdvantageConfig, KLConfig, KLController, Learner, LearnerConfig
 from tether.pretrained import check_vocabulary, context_length
 from tether.rewards import Rewards, RewardsConfig
+from tether.rewards.functions import Functions
 from tether.rewards.tasks import ProblemsConfig, Task
 from tether.runs.alarms import AlarmsConfig
 from tether.runs.random_states import seed_random_states
@@ -148,7 +152,7 @@ class PPOConfig:
             )
 
 
-@dataclass
+@dataclass(repr=False)
 class Parts:
     """What may be handed over in memory instead of by name; None is loaded as the configuration says.
 
@@ -156,15 +160,35 @@ class Parts:
         model: a causal LM; it is trained in place.
         tokenizer: its tokenizer.
         prompts: texts, or rows of a data set as dicts; `PPOConfig.prompts` says how to read them.
-        reward: a function in the convention of `PPOConfig.reward`.
-        gold: one in that of `PPOConfig.gold`.
+        reward: a function, a list of them (weighted by `PPOConfig.reward.weights`), or a dict from function to weight.
+            Built-in rewards and files go by their names, as in `PPOConfig.reward.functions`.
+        gold: the same, for what `PPOConfig.gold` is for.
     """
 
     model: PreTrainedModel | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     prompts: Sequence[str | dict[str, Any]] | None = None
-    reward: Callable[..., Any] | None = None
-    gold: Callable[..., Any] | None = None
+    reward: Functions | None = None
+    gold: Functions | None = None
+
+    def __repr__(self) -> str:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        shown = {
+            "model": lambda model: type(model).__name__,
+            "tokenizer": lambda tokenizer: type(tokenizer).__name__,
+            "prompts": lambda prompts: f"<{len(prompts)}>",
+            "reward": _names,
+            "gold": _names,
+        }
+        return f"Parts({', '.join(f'{name}={shown[name](value)}' for name, value in given.items())})"
+
+
+def _names(functions: Any) -> str:
+    if isinstance(functions, dict):
+        return f"{{{', '.join(f'{_names(function)}: {weight}' for function, weight in functions.items())}}}"
+    if isinstance(functions, list | tuple):
+        return f"[{', '.join(map(_names, functions))}]"
+    return getattr(functions, "__name__", None) or short_repr(functions)
 
 
 def build_ppo(
@@ -188,7 +212,7 @@ def build_ppo(
     if config.compile:
         check_compiler(config.device)
     task = Task(config.task, config.problems) if config.task else None
-    rewards = Rewards(config.reward, None if parts.reward is None else [parts.reward], task)
+    rewards = Rewards(config.reward, parts.reward, task)
     gold = _gold(config, parts)
     seed_random_states(config.seed)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code) if parts.tokenizer is None else parts.tokenizer
@@ -303,7 +327,7 @@ def _gold(config: PPOConfig, parts: Parts) -> Rewards | None:
     """What scores responses for comparison only; None where nothing was asked for."""
     if parts.gold is None and not config.gold.functions:
         return None
-    return Rewards(config.gold, None if parts.gold is None else [parts.gold], section="gold")
+    return Rewards(config.gold, parts.gold, section="gold")
 
 
 def _load(config: PPOConfig, path: str) -> PreTrainedModel:
@@ -315,21 +339,53 @@ def train_ppo(
     parts: Parts | None = None,
     resume: bool = False,
     report: Callable[[Iteration], None] | None = None,
+    progress: bool | None = None,
 ) -> Trained[LanguageWorld]:
     """Train as configured, in a folder: see `tether.pipeline.training.train_in_folder`.
+
+    Args:
+        config: see `PPOConfig`.
+        parts: pieces already in memory.
+        resume: go on with the run that `config.output` holds.
+        report: told of every iteration, after it was logged.
+        progress: print what is loaded and how the run goes. None: unless there is a `report`, which may show it itself.
 
     Raises:
         UserError: something the user brought cannot work.
     """
-    return train_in_folder(
-        config,
-        lambda checkpoint: build_ppo(config, parts, checkpoint),
-        resume,
-        report,
-        _constants,
-        settled=lambda world: _settled(config, world),
-        begin=lambda world, folder: draw_frontier(world, folder, config.frontier, config.seed),
-        alarms=config.alarms,
+    with Progress(config.iterations, _shown(config), report is None if progress is None else progress) as shown:
+
+        def build(checkpoint: Path | None) -> tuple[LanguageWorld, Learner]:
+            shown.phase(f"loading {config.model or 'prompts and model'}")
+            world, learner = build_ppo(config, parts, checkpoint)
+            shown.say(describe_ppo(config, world, learner))
+            return world, learner
+
+        return train_in_folder(
+            config,
+            build,
+            resume,
+            report,
+            _constants,
+            settled=lambda world: _settled(config, world),
+            begin=lambda world, folder: draw_frontier(world, folder, config.frontier, config.seed, shown.phase),
+            alarms=config.alarms,
+            progress=shown,
+        )
+
+
+def _shown(config: PPOConfig) -> tuple[str, ...]:
+    """Metrics that the progress shows; the rest is in `metrics.jsonl`."""
+    return (
+        "score",
+        *(("score_drawn", "filtered_share") if config.collect.filter_prompts else ()),
+        "reward",
+        "kl",
+        "entropy",
+        "response_length",
+        "eos_share",
+        "clip_fraction",
+        "explained_variance",
     )
 
 

@@ -30,12 +30,14 @@ from tether.language.layers import checkpointed_layers
 from tether.language.preferences import Preference, Preferences, PreferencesConfig, load_preferences
 from tether.pipeline.agreement import Evaluation, evaluate_scores, mean
 from tether.pipeline.comparisons import TokenizedPairs, accumulate_gradients, score_pairs, tokenize_pairs
+from tether.pipeline.opening import aligned, count, describe_device, describe_model, describe_tokenizer
 from tether.pipeline.supervised import Batch, Optimizer, Report, SupervisedConfig, longest_text, plan_batches
 from tether.rewards.classifiers import load_classifier
 from tether.rewards.models import MEMBER
 from tether.rewards.normalisation import Combine, Normalisation
 from tether.rewards.passes import score_all
 from tether.runs import Display, Run
+from tether.uncertainty import percent, rounded, with_error
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +146,8 @@ def train_reward_model(config: RewardModelConfig, report: Report | None = None, 
         raise UserError("no output given: name the folder of the run with --output")
     if not config.model:
         raise UserError("no model given: name a folder or a hub name with --model")
+    if show:
+        print(f"loading {config.model} …", flush=True)
     model, tokenizer = _load(config, 0)
     data = _prepare(model, tokenizer, config)
     orders = [np.random.default_rng([config.seed, 0, member]) for member in range(config.members)]
@@ -153,7 +157,9 @@ def train_reward_model(config: RewardModelConfig, report: Report | None = None, 
     with Run.create(config.output, config_to_dict(config), overwrite=config.overwrite) as run, ExitStack() as stack:
         display = stack.enter_context(Display(total, SHOWN, unit="step")) if show else None
         if display is not None:
-            display.note(_describe(data))
+            display.note("\n".join(_opening(config, model, tokenizer, data, total)))
+            if data.held_out is not None:
+                display.phase("held-out comparisons before the first step")
         # What an earlier run left; `--overwrite` has been checked.
         for old in (folder, _partial(folder)):
             shutil.rmtree(old, ignore_errors=True)
@@ -168,6 +174,8 @@ def train_reward_model(config: RewardModelConfig, report: Report | None = None, 
             def log(metrics: dict[str, float], first: int = first, member: int = member, last: int = len(plan)) -> None:
                 step = int(metrics["step"])
                 run.log(first + step, metrics | {"member": float(member)})
+                if display is not None and not step and not member:
+                    display.begin()
                 if display is not None and step and (step == last or step % max(1, total // SHOWN_STEPS) == 0):
                     display.update(member * last + step, metrics)
                 if report is not None:
@@ -365,14 +373,25 @@ def _evaluate(scores: Tensor, pairs: TokenizedPairs) -> Evaluation:
 # ---- what people see -------------------------------------------------------------------------------------------------
 
 
-def _describe(data: _Data) -> str:
+def _opening(
+    config: RewardModelConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: _Data, steps: int
+) -> list[str]:
+    """What was loaded, what computes it, and what a step is."""
     text = f"{len(data.train):,} comparisons"
     if data.held_out is not None:
         text += f"; {len(data.held_out):,} held out"
-    for count, what in ((data.train.skipped, "skipped as too long"), (data.train.truncated, "cut off")):
-        if count:
-            text += f"; {count:,} {what}"
-    return text
+    for number, what in ((data.train.skipped, "skipped as too long"), (data.train.truncated, "cut off")):
+        if number:
+            text += f"; {number:,} {what}"
+    members = f" for {config.members} members" if config.members > 1 else ""
+    return aligned(
+        [
+            ("device", describe_device(model.parameters(), config.autocast)),
+            ("model", f"{describe_model(model, config.model)}; {describe_tokenizer(tokenizer)}"),
+            ("data", text),
+            ("run", f"{count(steps, 'step')} of {count(config.batch_size, 'comparison')}{members}, in {config.output}"),
+        ]
+    )
 
 
 def _without_nan(value: Any) -> Any:
@@ -387,16 +406,22 @@ def _without_nan(value: Any) -> Any:
 def _table(trained: RewardTraining, config: RewardModelConfig) -> Table | str:
     if trained.evaluation is None:
         return "nothing was held out: no evaluation"
-    table = Table(title="held-out comparisons", title_justify="left", caption_justify="left")
+    table = Table(title="held-out comparisons", title_justify="left", caption_justify="left", box=None, pad_edge=False)
     table.caption = "ECE: expected calibration error; length: correlation of score with length"
-    for name in ("", "pairs", "accuracy", "95 % interval", "margin", "ECE", "length"):
-        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+    for name in ("", "pairs", "accuracy (95 %)", "margin", "ECE", "length"):
+        table.add_column(name, justify="left" if not name else "right", overflow="fold", header_style="dim")
     rows = {"reward model": trained.evaluation}
     if len(trained.members) > 1:
         rows = {config.combine: trained.evaluation}
         rows |= {MEMBER.format(number): member for number, member in enumerate(trained.members)}
     for name, found in rows.items():
-        interval = f"{found.interval[0]:.3f} to {found.interval[1]:.3f}"
-        numbers = (f"{found.margin:.3f}", f"{found.calibration_error:.3f}", f"{found.length_correlation:+.3f}")
-        table.add_row(name, str(found.pairs), f"{found.accuracy:.3f}", interval, *numbers)
+        error = 1 / math.sqrt(max(1, found.pairs))  # at least about that of a calibration error or a correlation
+        table.add_row(
+            name,
+            f"{found.pairs:,}",
+            percent(found.accuracy, found.interval),
+            with_error(found.margin, found.margin_error),
+            rounded(found.calibration_error, error),
+            rounded(found.length_correlation, error),
+        )
     return table

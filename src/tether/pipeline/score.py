@@ -5,7 +5,9 @@ Knows nothing of how the responses were made or of how the model was trained.
 
 from __future__ import annotations
 
+import logging
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +17,12 @@ from rich.console import Console
 from tether.errors import UserError
 from tether.language.rows import Row, load_rows
 from tether.pipeline.generate import check_output, open_rows, write_row
+from tether.pipeline.opening import describe_policy
+from tether.pipeline.progress import Tally
 from tether.rewards.models import RewardModel
+from tether.uncertainty import rounded, with_error
+
+logger = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 1024  # scored together, so that texts of about equal lengths meet; written as they come
 RESPONSES = ("response", "completion")
@@ -78,6 +85,7 @@ def score(config: ScoreConfig, show: bool = True) -> list[float]:
         raise UserError("no output given: name a JSONL file with --output")
     rows, response = _rows(config)
     check_output(config.output, config.overwrite)
+    logger.info("loading %s", config.model or "the reward model")
     model = RewardModel(
         config.model,
         config.combine,
@@ -89,6 +97,9 @@ def score(config: ScoreConfig, show: bool = True) -> list[float]:
         config.microbatch_tokens,
         config.trust_remote_code,
     )
+    members = "" if len(model.members) == 1 else f"{len(model.members)} members, each "
+    logger.info("%s%s", members, describe_policy(model.members[0], config.model))
+    tally = Tally(len(rows), "responses")
     parts: list[tuple[list[Row], list[Any], list[Any], list[str]]] = []
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = rows[start : start + ROWS_AT_ONCE]
@@ -104,10 +115,12 @@ def score(config: ScoreConfig, show: bool = True) -> list[float]:
             for row, value in zip(part, found, strict=True):
                 write_row(file, row | {config.column: value})
             scores += found
+            tally.update(len(scores))
     if show:
-        mean = math.fsum(scores) / len(scores)
-        spread = math.sqrt(math.fsum((value - mean) ** 2 for value in scores) / len(scores))
-        text = f"{len(scores)} scores, mean {mean:.3f}, standard deviation {spread:.3f}: {config.output}"
+        spread = statistics.stdev(scores) if len(scores) > 1 else math.nan
+        error = spread / math.sqrt(len(scores))
+        mean = with_error(statistics.fmean(scores), error)
+        text = f"{len(scores):,} scores, mean {mean}, standard deviation {rounded(spread, error)}: {config.output}"
         Console(highlight=False, soft_wrap=True).print(text, markup=False)
     return scores
 

@@ -25,6 +25,7 @@ from tether.language.layers import checkpointed_layers
 from tether.language.models import Quantization, check_quantization, load_tokenizer, load_trainable, prepare_tokenizer
 from tether.language.packing import TokenizedSamples, check_packing
 from tether.language.rows import load_rows
+from tether.pipeline.opening import aligned, count, describe_device, describe_model, describe_tokenizer
 from tether.pipeline.samples import Row, RowFormat, tokenize_rows
 from tether.pipeline.supervised import Batch, Optimizer, Report, SupervisedConfig, longest_text, plan_batches
 from tether.pretrained import check_vocabulary
@@ -110,6 +111,8 @@ def sft(config: SFTConfig, report: Report | None = None, show: bool = False) -> 
     """
     if not config.output:
         raise UserError("no output given: name the folder of the run with --output")
+    if show:
+        print(f"loading {config.model or 'the model'} …", flush=True)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     seed_random_states(config.seed)  # new adapters are drawn from them
     model = load_trainable(
@@ -123,12 +126,18 @@ def sft(config: SFTConfig, report: Report | None = None, show: bool = False) -> 
     folder = Path(config.output) / "policy"
     with Run.create(config.output, config_to_dict(config), overwrite=config.overwrite) as run, ExitStack() as stack:
         display = stack.enter_context(Display(len(batches), SHOWN, unit="step")) if show else None
+        if display is not None:
+            display.note("\n".join(_opening(config, model, tokenizer, data, len(batches))))
+            if data.held_out is not None:
+                display.phase("held-out loss before the first step")
 
         def log(metrics: dict[str, float]) -> None:
             step = int(metrics["step"])
             run.log(step, {name: value for name, value in metrics.items() if name != "step"})
             if display is not None and step == 0:
-                display.note(_describe(metrics))
+                if "eval_loss" in metrics:
+                    display.note(f"held-out loss {metrics['eval_loss']:.3f}")
+                display.begin()
             elif display is not None and (step == len(batches) or step % max(1, len(batches) // SHOWN_STEPS) == 0):
                 display.update(step, metrics)
             if report is not None:
@@ -143,12 +152,26 @@ def sft(config: SFTConfig, report: Report | None = None, show: bool = False) -> 
     return folder
 
 
-def _describe(counts: dict[str, float]) -> str:
+def _opening(
+    config: SFTConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: _Data, steps: int
+) -> list[str]:
+    """What was loaded, what computes it, and what a step is."""
+    counts = _counts(data)
     text = f"{counts['samples']:,.0f} samples, {counts['tokens']:,.0f} tokens, {counts['target_tokens']:,.0f} to learn"
     for name, what in (("eval_samples", "held out"), ("skipped", "skipped as too long"), ("truncated", "cut off")):
         if counts.get(name):
             text += f"; {counts[name]:,.0f} {what}"
-    return text + (f"; held-out loss {counts['eval_loss']:.3f}" if "eval_loss" in counts else "")
+    size = count(config.batch_size, "sample")
+    if config.batch_tokens is not None:
+        size = f"samples of up to {config.batch_tokens:,} tokens together"
+    return aligned(
+        [
+            ("device", describe_device(model.parameters(), config.autocast)),
+            ("model", f"{describe_model(model, config.model)}; {describe_tokenizer(tokenizer)}"),
+            ("data", text),
+            ("run", f"{count(steps, 'step')} of {size}, in {config.output}"),
+        ]
+    )
 
 
 def fine_tune(

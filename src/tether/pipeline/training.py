@@ -19,6 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from tether.config import config_to_dict
 from tether.errors import UserError
+from tether.pipeline.progress import Progress
 from tether.ppo import Learner
 from tether.runs import Run, load_state, refuse_run, save_state
 from tether.runs.alarms import AlarmLog, AlarmsConfig
@@ -59,7 +60,7 @@ class RunSettings(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trained(Generic[WorldT]):
     """What training leaves: the run's folder, the newest checkpoint's policy in it, and the pieces in memory."""
 
@@ -67,6 +68,9 @@ class Trained(Generic[WorldT]):
     policy: Path
     world: WorldT
     learner: Learner
+
+    def __repr__(self) -> str:
+        return f"Trained({self.learner.iteration} of {self.learner.iterations} iterations, policy={str(self.policy)!r})"
 
 
 def train_in_folder(
@@ -78,6 +82,7 @@ def train_in_folder(
     settled: Callable[[WorldT], RunSettings] | None = None,
     begin: Callable[[WorldT, Path], None] | None = None,
     alarms: AlarmsConfig | None = None,
+    progress: Progress | None = None,
 ) -> Trained[WorldT]:
     """Train to the end of the run.
 
@@ -96,6 +101,7 @@ def train_in_folder(
         begin: called with the world and the folder before the first iteration, again where a run is resumed that was
             killed before its first checkpoint. It must leave all random states as they were.
         alarms: when to raise one; each is logged as a warning and written to the folder. None: never.
+        progress: shows people how the run goes. None: nothing does.
 
     Raises:
         UserError: something the user brought cannot work.
@@ -132,6 +138,8 @@ def train_in_folder(
             try:
                 if begin is not None and learner.iteration == 0:
                     begin(world, folder)
+                if progress is not None and learner.iteration < config.iterations:
+                    progress.begin(learner.iteration)
                 for iteration in iterate(world, learner):
                     run.log(iteration.number, iteration.metrics)
                     for alarm in watch.log(iteration.number, iteration.metrics) if watch is not None else ():
@@ -143,6 +151,8 @@ def train_in_folder(
                     if due or interruption.wanted:
                         newest = save()
                         saved = iteration.number
+                    if progress is not None:
+                        progress.iteration(iteration)
                     if report is not None:
                         report(iteration)
                     if interruption.wanted:

@@ -31,13 +31,16 @@ class Context(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """What a policy says of given actions in given states: all (N, T), differentiable, 0 where the mask is False."""
 
     log_probs: Tensor
     values: Tensor
     entropy: Tensor
+
+    def __repr__(self) -> str:
+        return f"Evaluation({' × '.join(map(str, self.log_probs.shape))} steps)"
 
 
 class ActorCritic(Protocol):
@@ -56,7 +59,7 @@ class ActorCritic(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trajectories:
     """Episodes as tensors, right-padded to the longest. Steps where `mask` is False carry no meaning.
 
@@ -107,6 +110,11 @@ class Trajectories:
 
     def __len__(self) -> int:
         return len(self.mask)
+
+    def __repr__(self) -> str:
+        rows, steps = self.mask.shape
+        ends = f"{int(self.terminated.sum())} terminated, {int(self.truncated.sum())} truncated"
+        return f"Trajectories({rows} episodes, up to {steps} steps, {int(self.mask.sum())} in all, {ends})"
 
     def select(self, rows: Tensor) -> Trajectories:
         """The episodes with these indices, cut to the longest among them."""

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tether.runs import StoredEpisode
+from tether.uncertainty import NORMAL_95, rounded, with_error
 from tether.yaml_file import dump_yaml
 
 from .charts import Chart, Series, draw, number, thin, trailing_mean
@@ -90,10 +91,13 @@ def _tiles(data: RunData) -> str:
         values, now = data.column(metric)[1], data.now(metric)
         if now is None:
             continue
-        share = metric in ("distinct_responses", "repeated_ngrams")
-        first, last = (f"{100 * value:.0f} %" if share else number(value) for value in (values[0], now))
-        tiles.append(f"<li><b>{last}</b><span>{label}</span><small>first: {first}</small></li>")
-    note = f"Means over the last {min(data.window, len(data.rows))} iterations."
+        unit, factor = (" %", 100) if metric in ("distinct_responses", "repeated_ngrams") else ("", 1)
+        found = data.error(metric)
+        error = None if found is None else factor * found
+        last, first = (rounded(factor * value, error).replace("-", "−") + unit for value in (now, values[0]))
+        beside = f"± {rounded(error, error)}, first: {first}" if error else f"first: {first}"
+        tiles.append(f"<li><b>{last}</b><span>{label}</span><small>{beside}</small></li>")
+    note = f"Means over the last {min(data.window, len(data.rows))} iterations, ± their standard error."
     return f"<section><ul class=tiles>{''.join(tiles)}</ul><p class=note>{note}</p></section>"
 
 
@@ -177,9 +181,9 @@ def _best_of_n(data: RunData, name: str, label: str, colour: int, scale: tuple[f
     if not curve or name not in curve[0]:
         return []
     means = [point[name] for point in curve]
-    errors = [1.96 * (point.get(f"{name}_standard_error") or 0.0) for point in curve]
+    errors = [NORMAL_95 * (point.get(f"{name}_standard_error") or 0.0) for point in curve]
     notes = [
-        f"n = {p['n']}: {number(p[name])} ± {number(e)} at {number(p['kl'])} nats"
+        f"n = {p['n']}: {with_error(p[name], e).replace('-', '−')} at {number(p['kl'])} nats"
         for p, e in zip(curve, errors, strict=True)
     ]
     powers = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024}

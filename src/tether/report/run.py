@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,11 @@ class RunData:
         """Mean of a metric over the last iterations; None where it has no value."""
         values = self.column(name)[1][-self.window :]
         return math.fsum(values) / len(values) if values else None
+
+    def error(self, name: str) -> float | None:
+        """Standard error of that mean, by how the iterations differ; None of fewer than two."""
+        values = self.column(name)[1][-self.window :]
+        return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
     def start(self, name: str) -> tuple[float, float] | None:
         """Mean and standard deviation of `score` or `gold` before training.

@@ -6,6 +6,7 @@ The calling convention is the one that users of TRL's reward functions know. Kno
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,9 @@ from tether.errors import RewardError, UserError
 from tether.rewards.calling import Caller
 from tether.rewards.loading import GIVEN, RewardFunction, check_columns, describe, load_reward
 from tether.rewards.verifiers import ExampleError, Text, text_of
+
+Function = str | Callable[..., Any]
+Functions = Function | Sequence[Function] | Mapping[Any, float]  # the mapping's keys are functions
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class RewardsConfig:
     """Seconds that one call of one function may take."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scores:
     """Scores of N completions.
 
@@ -42,13 +46,19 @@ class Scores:
     total: list[float]
     parts: dict[str, list[float]]
 
+    def __repr__(self) -> str:
+        mean = math.fsum(self.total) / max(1, len(self.total))
+        return f"Scores({len(self.total)} of {', '.join(self.parts)}, mean {mean:.3g})"
+
 
 class Rewards:
     """Reward functions that score completions together.
 
     Args:
         config: which functions, their weights, the time limit.
-        functions: Python callables instead of `config.functions`, for use from Python.
+        functions: instead of `config.functions`, for use from Python: a function, a list of them, or a dict from
+            function to weight, which stands in place of `config.weights`. Names as in `config.functions` may be among
+            them.
         first: a callable that comes before them all: the verifier of a task.
         section: of the configuration that `config` is, for messages: `reward` or `gold`.
 
@@ -59,19 +69,22 @@ class Rewards:
     def __init__(
         self,
         config: RewardsConfig,
-        functions: Sequence[Callable[..., Any]] | None = None,
+        functions: Functions | None = None,
         first: Callable[..., Any] | None = None,
         section: str = "reward",
     ) -> None:
-        if functions is None:
-            loaded = [load_reward(spec) for spec in config.functions]
-        else:
-            loaded = [_from_callable(function) for function in functions]
+        weights = config.weights
+        if isinstance(functions, Mapping):
+            if weights:
+                raise UserError(f"{section}.weights is set, and the functions given have weights too: drop one of them")
+            weights = tuple(_weight(section, *item) for item in functions.items())
+            weights = weights if first is None else (1.0, *weights)
+        loaded = [_load(section, function) for function in _listed(section, functions, config)]
         if first is not None:
             loaded.insert(0, _from_callable(first))
         if not loaded:
             raise UserError(f"no reward: name at least one function, as in `--{section}.functions rewards.py:correct`")
-        weights = config.weights or (1.0,) * len(loaded)
+        weights = weights or (1.0,) * len(loaded)
         if len(weights) != len(loaded):
             found = f"{section}.weights has {len(weights)} numbers for {len(loaded)} functions"
             raise UserError(f"{found}; expected one each")
@@ -181,12 +194,40 @@ def check_reward(
     Raises:
         UserError: the function cannot be loaded or called, or returns anything but one finite number per completion.
     """
-    if isinstance(function, str):
-        rewards = Rewards(RewardsConfig((function,), timeout=timeout))
-    else:
-        rewards = Rewards(RewardsConfig(timeout=timeout), [function])
+    rewards = Rewards(RewardsConfig(timeout=timeout), function)
     ids = [[] for _ in completions] if completion_ids is None else completion_ids
     return rewards(prompts, completions, ids, columns or {}).total
+
+
+def _listed(section: str, functions: Functions | None, config: RewardsConfig) -> list[Any]:
+    if functions is None:
+        return list(config.functions)
+    if callable(functions) or isinstance(functions, str):
+        return [functions]
+    if isinstance(functions, Iterable):
+        return list(functions)
+    raise UserError(
+        f"{section}: found {type(functions).__name__}, expected a function, a list of functions, or a dict from "
+        "function to weight"
+    )
+
+
+def _load(section: str, function: Any) -> RewardFunction:
+    if isinstance(function, str):
+        return load_reward(function)
+    if not callable(function):
+        raise UserError(f"{section}: found {type(function).__name__} ({function!r:.40}) among them, expected functions")
+    return _from_callable(function)
+
+
+def _weight(section: str, function: Any, weight: Any) -> float:
+    if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
+        name = getattr(function, "__name__", str(function))
+        raise UserError(
+            f"{section}: the weight of `{name}` is {type(weight).__name__} ({weight!r:.40}), expected a number, as in "
+            "{correct: 1.0, brief: 0.1}"
+        )
+    return float(weight)
 
 
 def _from_callable(function: Callable[..., Any]) -> RewardFunction:

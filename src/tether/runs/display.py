@@ -6,7 +6,9 @@ Knows names and numbers; nothing of what they mean.
 from __future__ import annotations
 
 import math
+import statistics
 import sys
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -14,10 +16,14 @@ from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+from rich.text import Text
 
 ROWS = 8  # of the live table: the trend is seen, and it fits small terminals
+RECENT = 20  # iterations whose median says how long the rest will take: an odd slow one does not count
+GAP = 2  # between columns
+COUNTS = ("steps", "episodes", "tokens")  # whole numbers
 
 
 class Display:
@@ -27,55 +33,67 @@ class Display:
             display.phase("collecting")
             display.update(3, {"score": 0.41, "kl": 0.012})
 
-    prints `iteration  3/20  score  +0.410  kl   0.012` where standard output is no terminal. What other code prints or
-    logs meanwhile appears above the live table.
+    prints `iteration  3/20  score  +0.410  kl   0.012  4.1 s per iteration, 1 min left` where standard output is no
+    terminal. What other code prints or logs meanwhile appears above the live table.
 
     Args:
         total: how many iterations there are.
         columns: names of the metrics to show, in this order; a metric that is missing shows as `-`. Names are shown
             from the last `/` on.
         unit: what an iteration is called, such as `step`.
-        start: iterations that were done before (a resumed run).
     """
 
-    def __init__(self, total: int, columns: Sequence[str], unit: str = "iteration", start: int = 0) -> None:
+    def __init__(self, total: int, columns: Sequence[str], unit: str = "iteration") -> None:
         self.total = total
         self.columns = tuple(columns)
         self.unit = unit
+        self.pace = Pace(total)
         self._labels = [name.rpartition("/")[2].replace("_", " ") for name in self.columns]
+        self._formats = [Format(name) for name in self.columns]
         self._rows: deque[list[str]] = deque(maxlen=ROWS)
-        console = Console(file=sys.stdout)
+        self._console = Console(file=sys.stdout)
         self._live: Live | None = None
-        if sys.stdout.isatty() and not console.is_dumb_terminal:
+        if sys.stdout.isatty() and not self._console.is_dumb_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=console,
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                TimeElapsedColumn(table_column=Column(no_wrap=True)),
+                _TimeLeft(self.pace),
+                console=self._console,
             )
-            self._task = self._progress.add_task(unit, total=total, completed=start)
+            self._task = self._progress.add_task(unit, total=total)
             # Warnings go above the table, unless the user sent them elsewhere (2> file).
             terminal = sys.stderr.isatty()
-            self._live = Live(self._render(), console=console, refresh_per_second=4, redirect_stderr=terminal)
+            self._live = Live(
+                get_renderable=self._render, console=self._console, refresh_per_second=4, redirect_stderr=terminal
+            )
 
     def phase(self, text: str) -> None:
-        """Say what is being done now, beside the bar; plain output leaves it out."""
+        """Say in a line of its own what is being done now, which may take long; its first word goes beside the bar."""
+        self.note(f"{text} …")
         if self._live is not None:
-            self._progress.update(self._task, description=text)
+            self._progress.update(self._task, description=text.split()[0].rstrip(":"))
+
+    def begin(self, done: int = 0) -> None:
+        """The first iteration starts now, after `done` of an earlier time: what came before is not counted into it."""
+        self.pace.begin(done)
+        if self._live is not None:
+            self._progress.update(self._task, completed=done, description=self.unit)
+        else:
+            print(f"{self.unit} {done + 1:,} …", flush=True)
 
     def update(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Show the numbers of an iteration that is done."""
+        self.pace.update(iteration)
         done = f"{iteration:>{len(str(self.total))}}/{self.total}"
-        cells = [_format(name, metrics.get(name)) for name in self.columns]
+        cells = [form(metrics.get(name)) for name, form in zip(self.columns, self._formats, strict=True)]
         if self._live is None:
             pairs = (f"{label} {cell:>7}" for label, cell in zip(self._labels, cells, strict=True))
-            print(f"{self.unit} {done}", *pairs, sep="  ", flush=True)
+            print(f"{self.unit} {done}", *pairs, self.pace.words(self.unit), sep="  ", flush=True)
             return
         self._rows.append([done, *cells])
         self._progress.update(self._task, completed=iteration, description=self.unit)
-        self._live.update(self._render())
 
     def note(self, text: str) -> None:
         """A line of its own, above the live table."""
@@ -93,28 +111,148 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
+            self._live.transient = not self._rows  # of what failed before the first iteration no empty bar stays
             self._live.stop()
 
     def _render(self) -> Group:
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for label in (self.unit, *self._labels):
-            table.add_column(label, justify="right", header_style="dim", overflow="ellipsis", no_wrap=True)
-        for row in self._rows:
-            table.add_row(*row)
-        return Group(table, self._progress) if self._rows else Group(self._progress)
+        if not self._rows:
+            return Group(self._progress)
+        return Group(*table((self.unit, *self._labels), self._rows, self._console.width), self._progress)
 
 
-def _format(name: str, value: float | None) -> str:
-    """Three decimals where they say something; a sign for scores and rewards, which may be either."""
-    if value is None:
-        return "-"
-    if isinstance(value, int):
-        return f"{value:,}"
-    value = float(value)
-    if not math.isfinite(value):
-        return str(value)
-    sign = "+" if name.rpartition("/")[2].startswith(("score", "reward")) else ""
-    size = abs(value)
-    if size >= 1e6 or 0 < size < 1e-3:
-        return f"{value:{sign}.1e}"
-    return f"{value:{sign},.0f}" if size >= 100 else f"{value:{sign}.3f}"
+def table(labels: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[Table | Text]:
+    """The rows, in columns as far as the width goes; of the other columns the newest row, as lines below.
+
+    Numbers are never cut. Labels are broken between their words.
+    """
+    widths = [max(*map(len, labels[place].split()), *(len(row[place]) for row in rows)) for place in range(len(labels))]
+    shown, used = 0, -GAP
+    while shown < len(labels) and (shown == 0 or used + GAP + widths[shown] <= width):
+        used += GAP + widths[shown]
+        shown += 1
+    # What room is left goes to the labels from the left, so that fewer of them are broken.
+    for place in range(shown):
+        more = min(max(len(labels[place]), widths[place]) - widths[place], max(0, width - used))
+        widths[place], used = widths[place] + more, used + more
+    grid = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+    for place in range(shown):
+        grid.add_column(
+            labels[place], justify="right", vertical="bottom", header_style="dim", width=widths[place], overflow="fold"
+        )
+    for row in rows:
+        grid.add_row(*row[:shown])
+    lines: list[str] = []
+    for label, cell in zip(labels[shown:], rows[-1][shown:], strict=True):
+        pair = f"{label} {cell}"
+        if lines and len(lines[-1]) + GAP + len(pair) <= width:
+            lines[-1] += " " * GAP + pair
+        else:
+            lines.append(pair)
+    return [grid, *(Text(line, overflow="fold") for line in lines)]
+
+
+class Pace:
+    """How long an iteration takes and the rest will take, by the median of the recent ones.
+
+    Args:
+        total: how many iterations there are.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.done = 0
+        self._recent: deque[float] = deque(maxlen=RECENT)  # seconds per iteration
+        self._last = time.monotonic()
+
+    def begin(self, done: int) -> None:
+        """Count from now on, and from this many."""
+        self.done, self._last = done, time.monotonic()
+
+    def update(self, done: int) -> None:
+        """So many are done now."""
+        now = time.monotonic()
+        if done > self.done:
+            self._recent.append((now - self._last) / (done - self.done))
+        self.done, self._last = done, now
+
+    @property
+    def seconds(self) -> float | None:
+        """Of an iteration; None before the first."""
+        return statistics.median(self._recent) if self._recent else None
+
+    def left(self) -> float | None:
+        """Seconds to the end, as of now; None before the first iteration."""
+        if self.seconds is None:
+            return None
+        begun = min(self.seconds, time.monotonic() - self._last)  # of the iteration that runs now
+        return max(0.0, (self.total - self.done) * self.seconds - (begun if self.done < self.total else 0.0))
+
+    def words(self, unit: str) -> str:
+        """`4.1 s per iteration, 12 min left`; empty before the first iteration."""
+        seconds, left = self.seconds, self.left()
+        if seconds is None or left is None:
+            return ""
+        decimals = sum(seconds < limit for limit in (9.95, 0.995, 0.0995))  # two digits, down to milliseconds
+        each = f"{seconds:.{decimals}f} s"
+        each = f"{each if seconds < 600 else duration(seconds)} per {unit}"
+        return each if self.done >= self.total else f"{each}, {duration(left)} left"
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3 h 20 min`, `2 d 5 h`."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h" if hours else f"{days} d"
+
+
+class _TimeLeft(ProgressColumn):
+    """What `Pace` expects, beside the bar."""
+
+    def __init__(self, pace: Pace) -> None:
+        super().__init__(Column(no_wrap=True))
+        self._pace = pace
+
+    def render(self, task: Task) -> Text:
+        """Empty before the first iteration."""
+        left = self._pace.left()
+        return Text("" if left is None or self._pace.done >= self._pace.total else f"{duration(left)} left")
+
+
+class Format:
+    """How one metric's numbers are written, all alike: the first of them decides how many decimals they have.
+
+    Args:
+        name: of the metric. Scores and rewards, which may be either, have a sign; learning rates an exponent; fractions
+            and `approx_kl`, which are small, four decimals.
+    """
+
+    def __init__(self, name: str) -> None:
+        name = name.rpartition("/")[2]
+        self._sign = "+" if name.startswith(("score", "reward")) else ""
+        self._exponent = name == "learning_rate"
+        self._fine = name == "approx_kl" or name.endswith("fraction")
+        self._decimals = 0 if name in COUNTS else None
+
+    def __call__(self, value: float | None) -> str:
+        """`-` for a metric that is missing."""
+        if value is None:
+            return "-"
+        if isinstance(value, int):
+            return f"{value:,}"
+        value = float(value)
+        if not math.isfinite(value):
+            return str(value)
+        if self._exponent or abs(value) >= 1e9:
+            return f"{value:{self._sign}.2e}"
+        if self._decimals is None:
+            size = abs(value)
+            self._decimals = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 4 if self._fine else 3
+        rounded = round(value, self._decimals) + 0.0  # no -0.000
+        return f"{rounded:{self._sign},.{self._decimals}f}"

@@ -104,7 +104,7 @@ _ORDERS = {
 Order = Literal["newest", "oldest", "best", "worst", "most kl", "longest"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StoredEpisode(Episode):
     """An `Episode` as it was stored (numbers per step rounded to float32), with its place in the run."""
 
