@@ -284,14 +284,14 @@ class LanguageWorld:
         total = torch.tensor(batch.scores.total, dtype=torch.float64)
         mask, lengths = trajectories.mask, trajectories.mask.sum(dim=1).double()
         assert trajectories.reference_log_probs is not None
-        k1 = estimate_kl(trajectories.log_probs, trajectories.reference_log_probs, "k1") * mask
+        k1 = (estimate_kl(trajectories.log_probs, trajectories.reference_log_probs, "k1") * mask).sum(dim=1).double()
         tokens = float(lengths.sum())
         metrics = {
             "score": float(total.mean()),
             "score_std": float(total.std(correction=0)),
             "reward": float((trajectories.rewards * mask).sum(dim=1).mean()),
             **_kl_metrics(trajectories),
-            "kl_k1": float(k1.sum(dim=1).double().mean()),
+            **_mean("kl_k1", k1),
             "response_length": float(lengths.mean()),
             "response_length_max": float(lengths.max()),
             "eos_share": float(batch.samples.terminated.double().mean()),
@@ -433,13 +433,18 @@ class LanguageWorld:
 
 
 def _kl_metrics(trajectories: Trajectories) -> dict[str, float]:
-    """KL(π‖π_ref) per response, over the whole vocabulary at the states it visited, and its standard error."""
+    """KL(π‖π_ref) per response, over the whole vocabulary at the states it visited, with its standard error."""
     assert trajectories.kl_to_reference is not None
     nats = trajectories.kl_to_reference.masked_fill(~trajectories.mask, 0.0).sum(dim=1).double()
     measured = ~nats.isnan()
-    nats, tokens = nats[measured], trajectories.mask[measured].sum()
-    error = {"kl_error": float(nats.std() / math.sqrt(len(nats)))} if len(nats) > 1 else {}
-    return {"kl": float(nats.mean()), **error, "kl_per_token": float(nats.sum() / tokens)}
+    tokens = int(trajectories.mask[measured].sum())
+    return _mean("kl", nats[measured]) | {"kl_per_token": float(nats[measured].sum()) / tokens}
+
+
+def _mean(name: str, values: Tensor) -> dict[str, float]:
+    """Mean of `values` (n,) and its standard error s/√n, which takes two at least."""
+    mean = {name: float(values.mean())}
+    return mean if len(values) < 2 else mean | {f"{name}_error": float(values.std()) / math.sqrt(len(values))}
 
 
 def as_completion(prompt: Prompt, text: str) -> str | list[dict[str, str]]:

@@ -246,7 +246,7 @@ def ppo_settings(config: DemoConfig) -> PPOConfig:
         checkpoint_every=config.iterations,
         reward=RewardsConfig(functions=("arithmetic",)),
         sampling=SamplingConfig(max_new_tokens=4, batch_size=1024),
-        collect=CollectConfig(prompts=512),
+        collect=CollectConfig(prompts=512, kl_responses=512),
         kl=KLConfig(beta=BETA),
         advantage=AdvantageConfig(lam=1.0),
         learner=LearnerConfig(
@@ -312,7 +312,7 @@ def exam_world(
         prompts,
         Rewards(RewardsConfig(("arithmetic",))),
         KLController(KLConfig(beta=BETA)),
-        CollectConfig(prompts=len(prompts)),
+        CollectConfig(prompts=len(prompts), kl_responses=len(prompts)),
         config.seed,
     )
 

@@ -73,11 +73,16 @@ class ProveConfig:
 
 @dataclass(frozen=True)
 class Proof:
-    """What came of it: exact numbers of the trained policy, the optimum, the critic's error, and if they suffice."""
+    """What came of it: exact numbers of the trained policy, the optimum, the critic's error, and if they suffice.
+
+    Attributes:
+        reported: metrics of one more batch of the trained policy, as a run reports them.
+    """
 
     optimum: Optimum
     evaluation: ExactEvaluation
     critic_error: CriticError
+    reported: dict[str, float]
     seconds: float
     passed: bool
 
@@ -121,8 +126,9 @@ def prove(config: ProveConfig) -> Proof:
                 soft_wrap=True,
             )
     evaluation, critic_error = measure()
+    reported = world.metrics(world.collect())  # of the policy as it now is
     passed = evaluation.gap_closed >= config.share and critic_error.visited <= config.critic_error
-    proof = Proof(optimum, evaluation, critic_error, time.perf_counter() - started, passed)
+    proof = Proof(optimum, evaluation, critic_error, reported, time.perf_counter() - started, passed)
     _show(console, config, proof)
     return proof
 
@@ -182,7 +188,7 @@ def _build(
         [Prompt(letter, (index,), letter, {}, index + 1) for index, letter in enumerate(LETTERS)],
         Rewards(RewardsConfig(), [score]),
         kl,
-        CollectConfig(prompts=config.responses),
+        CollectConfig(prompts=config.responses, kl_responses=config.responses),
         config.seed,
     )
     learner = Learner(
@@ -223,6 +229,7 @@ def _values_of(policy: LanguagePolicy) -> Callable[[Tensor], Tensor]:
 
 def _show(console: Console, config: ProveConfig, proof: Proof) -> None:
     optimum, evaluation, error = proof.optimum, proof.evaluation, proof.critic_error
+    reported, exact = proof.reported, float(evaluation.kl_to_reference.mean())
     table = Table(show_header=False, pad_edge=False, box=None)
     rows = [
         ("J(π_ref)  the reference", f"{optimum.reference_objective.mean():+.4f}"),
@@ -230,9 +237,11 @@ def _show(console: Console, config: ProveConfig, proof: Proof) -> None:
         ("J*        the best there is", f"{optimum.objective.mean():+.4f}"),
         ("share of the gap closed", f"{evaluation.gap_closed:.2%}"),
         ("KL(π‖π*)  exact, nats per response", f"{evaluation.kl_to_optimum.mean():.4f}"),
-        ("KL(π‖π_ref)", f"{evaluation.kl_to_reference.mean():.4f}"),
-        ("critic's mean absolute error, prefixes as often as visited", f"{error.visited:.4f}"),
-        ("critic's mean absolute error, all prefixes alike", f"{error.uniform:.4f}"),
+        ("KL(π‖π_ref)", f"{exact:.4f}"),
+        ("  as `kl` reports it, and its error", _against(reported["kl"], reported["kl_error"], exact)),
+        ("  as `kl_k1` estimates it, and its error", _against(reported["kl_k1"], reported["kl_k1_error"], exact)),
+        ("critic's mean absolute error, as visited", f"{error.visited:.4f}"),
+        ("critic's mean absolute error, all alike", f"{error.uniform:.4f}"),
     ]
     for name, number in rows:
         table.add_row(name, number)
@@ -243,6 +252,10 @@ def _show(console: Console, config: ProveConfig, proof: Proof) -> None:
         f"\n{verdict}: at least {config.share:.0%} of the gap was to be closed, and the critic's error to be at most "
         f"{config.critic_error:g}; {proof.seconds:.0f} s"
     )
+
+
+def _against(found: float, error: float, exact: float) -> str:
+    return f"{found:.4f} ± {error:.4f}  {found - exact:+.4f}".replace("-", "−")
 
 
 __all__ = ["Proof", "ProveConfig", "prove", "random_reward"]

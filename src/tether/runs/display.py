@@ -38,8 +38,8 @@ class Display:
 
     Args:
         total: how many iterations there are.
-        columns: names of the metrics to show, in this order; a metric that is missing shows as `-`. Names are shown
-            from the last `/` on.
+        columns: names of the metrics to show, in this order; a metric that is missing shows as `-`, one that has a
+            standard error, NAME_error, with it. Names are shown from the last `/` on.
         unit: what an iteration is called, such as `step`.
     """
 
@@ -87,7 +87,7 @@ class Display:
         """Show the numbers of an iteration that is done."""
         self.pace.update(iteration)
         done = f"{iteration:>{len(str(self.total))}}/{self.total}"
-        cells = [form(metrics.get(name)) for name, form in zip(self.columns, self._formats, strict=True)]
+        cells = [_cell(form, name, metrics) for name, form in zip(self.columns, self._formats, strict=True)]
         if self._live is None:
             pairs = (f"{label} {cell:>7}" for label, cell in zip(self._labels, cells, strict=True))
             print(f"{self.unit} {done}", *pairs, self.pace.words(self.unit), sep="  ", flush=True)
@@ -223,6 +223,11 @@ class _TimeLeft(ProgressColumn):
         """Empty before the first iteration."""
         left = self._pace.left()
         return Text("" if left is None or self._pace.done >= self._pace.total else f"{duration(left)} left")
+
+
+def _cell(form: Format, name: str, metrics: Mapping[str, float]) -> str:
+    cell, error = form(metrics.get(name)), metrics.get(f"{name}_error")
+    return cell if error is None else f"{cell} ±{form(error)}"
 
 
 class Format:
