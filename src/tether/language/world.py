@@ -30,7 +30,7 @@ from tether.language.prompts import Prompt
 from tether.language.reference import Reference
 from tether.language.sampler import Sampler, Samples
 from tether.memory import PeakMemory
-from tether.ppo import Evaluation, KLController, Trajectories
+from tether.ppo import KLController, LastSeen, Trajectories
 from tether.ppo.advantages import scale_and_clip
 from tether.ppo.kl import estimate_kl, penalised_rewards
 from tether.ppo.trajectories import last_step
@@ -329,7 +329,7 @@ class LanguageWorld:
         }
 
     def episodes(
-        self, trajectories: Trajectories, advantages: Tensor, returns: Tensor, last_seen: Evaluation | None = None
+        self, trajectories: Trajectories, advantages: Tensor, returns: Tensor, last_seen: LastSeen | None = None
     ) -> list[Episode]:
         """The batch that `collect` returned last as episodes for people and for storage."""
         batch = self._last_batch(trajectories)
@@ -339,6 +339,7 @@ class LanguageWorld:
         columns |= {"advantages": advantages.tolist(), "returns": returns.tolist()}
         if last_seen is not None:
             columns |= {"new_log_probs": last_seen.log_probs.tolist(), "entropies": last_seen.entropy.tolist()}
+            columns["clipped"] = last_seen.clipped.tolist()
         if batch.samples.likeliest is not None:
             columns["alternatives"] = self._alternatives(batch.samples)
         pieces = self._texts(i for response in batch.samples.response_ids for i in response)

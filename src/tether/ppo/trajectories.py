@@ -40,6 +40,16 @@ class Evaluation:
     entropy: Tensor
 
 
+@dataclass(frozen=True)
+class LastSeen(Evaluation):
+    """What an update saw of each step when it evaluated it for the last time, before the optimizer step that followed.
+
+    NaN where it never did. `clipped`, (N, T) bool, says where the gradient was clipped away then.
+    """
+
+    clipped: Tensor
+
+
 class ActorCritic(Protocol):
     """A policy π(a|s) with a value function V(s): the only seam between the learner and a world."""
 

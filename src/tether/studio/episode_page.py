@@ -83,14 +83,21 @@ def _tokens(steps: Mapping[str, Any], largest: float) -> str:
 def _table(steps: Mapping[str, Any]) -> str:
     columns = [name for name in COLUMNS if steps[name] is not None]
     states: Sequence[Any] | None = steps["state"]
-    head = ["step", *(["state"] if states else []), "action", *(COLUMNS[name] for name in columns), "clipped"]
+    head = [
+        "step",
+        *(["state"] if states else []),
+        "action",
+        *(COLUMNS[name] for name in columns),
+        *(["clipped"] if steps["clipped"] else []),
+    ]
     rows = ["<tr>" + "".join(f"<th>{escape(name)}</th>" for name in head) + "</tr>"]
     for step, action in enumerate(steps["action"]):
         texts = [states[step], action] if states else [action]
         cells = [f'<td class="text">{escape(str(text))}</td>' for text in texts]
         cells += [f"<td>{_number(steps[name][step])}</td>" for name in columns]
-        clipped = "yes" if steps["clipped"] and steps["clipped"][step] else ""
-        rows.append(f"<tr><td>{step}</td>{''.join(cells)}<td>{clipped}</td></tr>")
+        if steps["clipped"]:
+            cells.append(f"<td>{'yes' if steps['clipped'][step] else ''}</td>")
+        rows.append(f"<tr><td>{step}</td>{''.join(cells)}</tr>")
     return f"<table>{''.join(rows)}</table>\n"
 
 

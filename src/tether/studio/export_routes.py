@@ -17,7 +17,7 @@ from .episode_page import episode_page
 from .episodes import episode_details
 from .exports import episodes_table, file_name, metrics_table, runs_table, steps_table
 from .places import label_file, relative
-from .runs import Catalogue, config_or_nothing
+from .runs import Catalogue
 
 router = APIRouter(prefix="/api/export")
 
@@ -43,7 +43,7 @@ def episodes(folder: Store, catalogue: Runs, wanted: Episodes) -> Response:
 @router.get("/steps.csv")
 def steps(folder: Store, catalogue: Runs, id: Id) -> Response:
     """One episode, a line per step."""
-    details = episode_details(folder, id, config_or_nothing(folder))
+    details = episode_details(folder, id)
     return _csv(steps_table(details["steps"]), _name(catalogue, folder), "episode", str(id))
 
 
@@ -51,7 +51,7 @@ def steps(folder: Store, catalogue: Runs, id: Id) -> Response:
 def page(folder: Store, catalogue: Runs, id: Id) -> Response:
     """One episode as a file that needs nothing else."""
     name = _name(catalogue, folder)
-    document = episode_page(name, episode_details(folder, id, config_or_nothing(folder)))
+    document = episode_page(name, episode_details(folder, id))
     headers = _attachment(file_name(name, "episode", str(id)) + ".html")
     return Response(document.encode("utf-8", "backslashreplace"), media_type="text/html", headers=headers)
 
