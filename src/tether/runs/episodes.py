@@ -265,8 +265,8 @@ def _layout(connection: sqlite3.Connection, file: Path) -> int:
     if found not in READABLE:
         whose = "an older" if found < LAYOUT else "a newer"
         raise UserError(
-            f"{file}: has layout {found} of {whose} version of Tether, expected {' or '.join(map(str, READABLE))}; read "
-            "it with that version, or move it away and go on without it"
+            f"{file}: has layout {found} of {whose} version of Tether, expected {' or '.join(map(str, READABLE))}; "
+            "read it with that version, or move it away and go on without it"
         )
     return found
 

@@ -1,7 +1,7 @@
 // A chart as a file: PNG from its canvas, SVG drawn from its numbers. Both carry title and legend.
 
 import { s, download } from "./dom.js";
-import { axisNumbers, number } from "./format.js";
+import { axisNumbers } from "./format.js";
 
 const value = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 const fileName = (chart, kind) => `${chart.spec.title.replace(/[^\p{L}\p{N}]+/gu, "-")}.${kind}`;
@@ -56,7 +56,8 @@ export function chartSvg(chart) {
     svg.append(s("path", { d: `M${EDGE.left} ${up(y).toFixed(1)}H${WIDTH - EDGE.right}`, stroke: value("line") }));
     svg.append(text(EDGE.left - 8, up(y) + 4, names[i], { "text-anchor": "end" }));
   }
-  for (const at of ticks(scales.x.min, scales.x.max, 8)) svg.append(text(across(at), HEIGHT - EDGE.bottom + 16, number(at, 6), { "text-anchor": "middle" }));
+  const places = ticks(scales.x.min, scales.x.max, 8);
+  for (const [i, name] of axisNumbers(places).entries()) svg.append(text(across(places[i]), HEIGHT - EDGE.bottom + 16, name, { "text-anchor": "middle" }));
   let left = 16;
   chart.spec.series.forEach((series, i) => {
     const [raw, line, low, high] = table.slice(1 + 4 * i, 5 + 4 * i);

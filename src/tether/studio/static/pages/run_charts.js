@@ -4,7 +4,7 @@ import { h, fill, button } from "../dom.js";
 import { get, exportAddress } from "../api.js";
 import { ChartGroup } from "../charts.js";
 import { CHARTS, isPhase, tile, raisedAlarms } from "../parts.js";
-import { number, count, plural } from "../format.js";
+import { number, plural } from "../format.js";
 import { rename } from "../router.js";
 
 const PHASE_COLOURS = ["c1", "c2", "c3", "c4", "c5", "c6", "c7", "c8"];
@@ -108,7 +108,7 @@ function drawTiles(state, tiles) {
     tile("Entropy", last.entropy, from("entropy")),
     tile("Explained variance", last.explained_variance, "of the critic"),
     tile("Length", last[length], from(length)),
-    tile("Steps per second", speed === undefined ? "–" : count(Math.round(speed)), `${number(last["time/iteration"])} s per iteration`));
+    tile("Steps per second", number(speed), `${number(last["time/iteration"])} s per iteration`));
 }
 
 function alarmBanner(run) {

@@ -2,7 +2,7 @@
 
 import { h, fill, table, button, debounce } from "../dom.js";
 import { get, address, exportAddress, onChange } from "../api.js";
-import { number, count, ago, plural } from "../format.js";
+import { number, ago, plural } from "../format.js";
 import { statePill, kindTag, spark, progress } from "../parts.js";
 import { go, rename } from "../router.js";
 import { keys } from "../keys.js";
@@ -108,7 +108,7 @@ function row(run, state, draw) {
     cell("Score", { class: "number score" }, spark(run.spark ?? [], ""), h("b", {}, number(run.score))),
     cell("KL", { class: "number" }, number(run.kl)),
     cell("Length", { class: "number" }, number(run.length)),
-    cell("Steps/s", { class: "number" }, run.tokens_per_second === null ? "–" : count(Math.round(run.tokens_per_second))),
+    cell("Steps/s", { class: "number" }, number(run.tokens_per_second)),
     cell("Alarms", { class: "number" }, run.alarms ? h("a", { class: "badge", href: address("/run", { run: run.run, tab: "alarms" }), "aria-label": plural(run.alarms, "alarm") }, String(run.alarms)) : h("span", { class: "ghost" }, "–")),
     cell("Updated", { class: "number updated" }, ago(run.updated)));
 }
