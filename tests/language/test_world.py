@@ -306,6 +306,18 @@ def test_episodes_say_which_steps_were_clipped() -> None:
         assert episode.clipped == seen.clipped[row, : len(episode.actions)].tolist()
 
 
+def test_episodes_of_chat_prompts_keep_their_turns_and_others_none() -> None:
+    for chat in (True, False):
+        world = make_world(prompts=make_prompts(4, chat=chat), collect=CollectConfig(prompts=4))
+        batch = world.collect()
+        for episode in world.episodes(batch, *estimate(batch, AdvantageConfig())):
+            messages = episode.details.get("messages")
+            assert (messages is not None) == chat
+            if chat:
+                source = world.prompts[episode.details["row"] - 1].source
+                assert messages == [{"role": "user", "content": m["content"]} for m in source]  # type: ignore[index]
+
+
 def test_no_alternatives_are_kept_where_none_are_asked_for() -> None:
     world = make_world(sampling=SamplingConfig(max_new_tokens=4, alternatives=0))
     batch = world.collect()

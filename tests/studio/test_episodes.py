@@ -183,6 +183,31 @@ def test_what_is_not_known_is_null_and_what_is_no_number_too(tmp_path: Path) -> 
     assert third["ratio"] == [None]
 
 
+def test_chat_prompts_are_turns_in_the_list_the_episode_and_its_page(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<b>Why?</b> " + "x" * 400}]
+    raw = "[S]Be brief.[U]Why?[A]"
+    damaged = {"group": 0, "messages": [{"role": 1}]}
+    told = [
+        episode(raw, "because", details={"group": 0, "messages": turns}),
+        episode("text", "answer"),
+        episode("odd", "answer", details=damaged),
+    ]
+    make_run(tmp_path / "ppo", iterations=2, episodes=told)
+    asking = client(tmp_path)
+    listed = asking.get("/api/episodes", params={"run": "ppo"}).json()["episodes"]
+    assert listed[0]["messages"][0] == turns[0]
+    assert listed[0]["messages"][1]["content"] == turns[1]["content"][:300]
+    assert [row["messages"] for row in listed[1:3]] == [None, None]
+    found = asking.get("/api/episode", params={"run": "ppo", "id": 1}).json()
+    assert (found["prompt"], found["messages"], found["details"]) == (raw, turns, {"group": 0})
+    same = asking.get("/api/same-prompt", params={"run": "ppo", "id": 1}).json()["episodes"]
+    assert [other["messages"] for other in same] == [turns, turns]
+    page = asking.get("/api/export/episode.html", params={"run": "ppo", "id": 1}).text
+    assert "<dt>system</dt><dd><pre>Be brief.</pre></dd><dt>user</dt><dd><pre>&lt;b&gt;Why?&lt;/b&gt;" in page
+    assert f"<summary>Raw text</summary><pre>{raw}</pre>" in page
+    assert "messages" not in asking.get("/api/export/episodes.csv", params={"run": "ppo"}).text
+
+
 def test_control_episodes_show_their_film(tmp_path: Path) -> None:
     filmed = episode("start", "fell over", frames="films/1.png", states=["s1", "s2", "s3"])
     folder = make_control_run(tmp_path / "pole", episodes=[filmed, episode("start", "fell over")])

@@ -26,7 +26,7 @@ from tether.language.context import TokenContext
 from tether.language.diversity import distinct_share, repeated_ngrams
 from tether.language.draws import Draw, join_draws, telling_groups
 from tether.language.policy import LanguagePolicy
-from tether.language.prompts import Prompt
+from tether.language.prompts import Messages, Prompt
 from tether.language.reference import Reference
 from tether.language.sampler import Sampler, Samples
 from tether.memory import PeakMemory
@@ -362,6 +362,7 @@ class LanguageWorld:
                         "row": prompt.row,
                         "scores": {name: part[row] for name, part in batch.scores.parts.items()},
                         **({} if batch.gold is None else {"gold": batch.gold.total[row]}),
+                        **({} if isinstance(prompt.source, str) else {"messages": turns_of(prompt.source)}),
                     },
                 )
             )
@@ -431,6 +432,11 @@ class LanguageWorld:
         self._follow_due = state["follow_due"]
         self.reference.load_state_dict(state["reference"])
         self._first_length = state["first_length"]
+
+
+def turns_of(messages: Messages) -> Messages:
+    """Role and content of each message, without what else its data set says of it."""
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def as_completion(prompt: Prompt, text: str) -> str | list[dict[str, str]]:

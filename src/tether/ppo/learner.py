@@ -377,7 +377,8 @@ class _Seen:
             told = [nowhere.masked_scatter(trajectories.mask, steps) for steps in told]
         else:
             told = [whole.masked_fill(~trajectories.mask, math.nan) for whole in told]
-        return LastSeen(*told[:3], clipped=told[3] == 1)  # never seen: never clipped
+        log_probs, values, entropy, clipped = told
+        return LastSeen(log_probs, values, entropy, clipped == 1)  # never seen: never clipped
 
 
 class _Sums:

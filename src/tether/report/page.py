@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tether.runs import StoredEpisode
+from tether.runs.messages import prompt_text
 from tether.yaml_file import dump_yaml
 
 from .charts import Chart, Series, draw, number, thin, trailing_mean
@@ -307,7 +308,8 @@ def _samples(data: RunData) -> str:
 
 
 def _prompt(episode: StoredEpisode) -> str:
-    return f"<pre class=prompt>{escape(shorten(episode.prompt.strip(), *PROMPT))}</pre>"
+    text = prompt_text(episode.messages or episode.prompt.strip())
+    return f"<pre class=prompt>{escape(shorten(text, *PROMPT))}</pre>"
 
 
 def _card(episode: StoredEpisode, prompt: bool = False, tokens: bool = False) -> str:

@@ -53,6 +53,8 @@ import numpy as np
 from tether.episode import Episode
 from tether.errors import UserError
 
+from .messages import Turns, chat_turns
+
 EPISODES_FILE = "episodes.db"
 LAYOUT = 2  # PRAGMA user_version; 0 is what one table held, or an empty file
 READABLE = (1, LAYOUT)
@@ -120,6 +122,11 @@ class StoredEpisode(Episode):
     kl: float | None = None
     prompt_hash: str = ""
     group: int | None = None
+
+    @property
+    def messages(self) -> Turns | None:
+        """The turns of a chat prompt; None of any other."""
+        return chat_turns(self.details.get("messages"))
 
 
 class EpisodeStore:

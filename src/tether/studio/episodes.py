@@ -51,7 +51,7 @@ def episode_details(folder: Path, id: int) -> dict[str, Any]:
     episode = load_episode(folder, id)
     with reading(folder / EPISODES_FILE):
         return whole(episode) | {
-            "details": episode.details,
+            "details": {name: value for name, value in episode.details.items() if name != "messages"},
             "steps": steps_of(episode),
             "siblings": [summary_of(other) for other in siblings(folder, id) if other.id != id],
             "previous": id - 1 if id > 1 else None,
@@ -120,6 +120,8 @@ def _checked(episode: StoredEpisode) -> StoredEpisode:
         column = getattr(episode, name)
         if column is not None and (not isinstance(column, list) or len(column) != steps):
             raise ValueError(f"{name} of episode {episode.id} are not the {steps} of its steps")
+    if not isinstance(episode.details, dict):
+        raise ValueError(f"details of episode {episode.id} are no JSON object")
     if not all(isinstance(text, str) for text in (episode.prompt, episode.response, *episode.actions)):
         raise ValueError(f"prompt, response or an action of episode {episode.id} is no text")
     return episode

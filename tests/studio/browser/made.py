@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,18 @@ def make_hostile_run(folder: Path) -> None:
             run.log_episodes(iteration, [hostile_episode()])
 
 
+def make_chat_run(folder: Path) -> None:
+    """A conversation of two turns, one of them hostile, before each response."""
+    turns = [{"role": "system", "content": MARKUP + BIDI}, {"role": "user", "content": "Why?"}]
+    episode = replace(hostile_episode(), prompt=f"[S]{MARKUP}[U]Why?[A]", details={"group": 0, "messages": turns})
+    with Run.create(folder, {"model": "a/model", "iterations": 2}, tensorboard=False) as run:
+        for iteration in (1, 2):
+            run.log(iteration, {"score": 0.5 * iteration})
+            run.log_episodes(iteration, [episode])
+    pair = NewPair(turns, "an answer", "another one", text=episode.prompt)
+    create_labels(folder / "chat.labels.db", {"name": "chat"}, [pair])
+
+
 def make_labels(file: Path, pairs: int = 6) -> None:
     """Pairs whose answers can be told apart: the second policy's is the longer one."""
     made = [NewPair(f"prompt {n}", f"short answer {n}", f"a much longer answer {n}") for n in range(1, pairs + 1)]
@@ -96,4 +109,5 @@ def make_all(root: Path) -> None:
     make_language_run(root / "sweep" / "faster", iterations=3, learning_rate=6e-3)
     make_control_run(root / "cartpole")
     make_hostile_run(root / "evil <b onmouseover=alert(1)>")
+    make_chat_run(root / "chat")
     make_labels(root / "pairs.labels.db")

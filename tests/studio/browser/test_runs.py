@@ -27,6 +27,8 @@ PAGES = [
     "/episode?run=cartpole&id=3",
     "/labels",
     "/label?set=pairs.labels.db",
+    "/episode?run=chat&id=1",
+    "/label?set=chat/chat.labels.db",
     "/label?set=pairs.labels.db&rename=1",
 ]
 
