@@ -17,6 +17,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .console import PROGRESS
+
 ROWS = 8  # of the live table: the trend is seen, and it fits small terminals
 
 
@@ -69,10 +71,12 @@ class Display:
         """Show the numbers of an iteration that is done."""
         done = f"{iteration:>{len(str(self.total))}}/{self.total}"
         cells = [_format(name, metrics.get(name)) for name in self.columns]
+        pairs = (f"{label} {cell:>7}" for label, cell in zip(self._labels, cells, strict=True))
+        line = "  ".join((f"{self.unit} {done}", *pairs))
         if self._live is None:
-            pairs = (f"{label} {cell:>7}" for label, cell in zip(self._labels, cells, strict=True))
-            print(f"{self.unit} {done}", *pairs, sep="  ", flush=True)
+            print(line, flush=True)
             return
+        PROGRESS.info(line)
         self._rows.append([done, *cells])
         self._progress.update(self._task, completed=iteration, description=self.unit)
         self._live.update(self._render())
@@ -82,6 +86,7 @@ class Display:
         if self._live is None:
             print(text, flush=True)
         else:
+            PROGRESS.info(text)
             self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""Addresses of what can be taken along: tables as CSV, an episode as a page of its own, preferences."""
+"""Addresses of what can be taken along: tables as CSV, an episode as a page, preferences, a run's console."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Query
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import FileResponse, Response, StreamingResponse
 
+from tether.runs.console import CONSOLE_FILE
 from tether.runs.labels import LabelSet, count_answers
 
 from .asking import Episodes, Folder, Id, Runs, Store
@@ -17,6 +18,7 @@ from .episode_page import episode_page
 from .episodes import episode_details
 from .exports import episodes_table, file_name, metrics_table, runs_table, steps_table
 from .places import label_file, relative
+from .replies import NotFoundError
 from .runs import Catalogue
 
 router = APIRouter(prefix="/api/export")
@@ -32,6 +34,16 @@ def runs(catalogue: Runs) -> Response:
 def metrics(folder: Folder, catalogue: Runs) -> Response:
     """All metrics of a run."""
     return _csv(metrics_table(catalogue.log(folder).rows()), _name(catalogue, folder), "metrics")
+
+
+@router.get("/console.log")
+def console(folder: Folder, catalogue: Runs) -> FileResponse:
+    """All that the run printed."""
+    file = folder / CONSOLE_FILE
+    if not file.is_file():
+        raise NotFoundError(f"{CONSOLE_FILE}: this run has kept nothing of what it printed")
+    name = file_name(_name(catalogue, folder), "console") + ".log"
+    return FileResponse(file, media_type="text/plain; charset=utf-8", headers=_attachment(name))
 
 
 @router.get("/episodes.csv")
