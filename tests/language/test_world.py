@@ -225,6 +225,7 @@ def test_metrics() -> None:
     assert metrics["response_length"] == pytest.approx(sum(lengths) / len(lengths))
     assert metrics["response_length_max"] == max(lengths)
     assert metrics["tokens"] == sum(lengths)
+    assert metrics["episodes"] == len(lengths)
     assert metrics["eos_share"] == pytest.approx(float(kept.samples.terminated.float().mean()))
     assert metrics["reward"] == pytest.approx(float(batch.rewards.sum(1).mean()), rel=1e-5)
     total = torch.tensor(kept.scores.total)

@@ -310,7 +310,7 @@ class LanguageWorld:
         for kind, scores in (("score", batch.scores), ("gold", batch.gold)):
             if scores is not None and len(scores.parts) > 1:
                 metrics |= {f"{kind}/{name}": sum(part) / len(part) for name, part in scores.parts.items()}
-        metrics["tokens"] = tokens
+        metrics |= {"tokens": tokens, "episodes": float(len(lengths))}
         metrics |= self._filtering(batch)
         metrics |= {f"time/{phase}": seconds for phase, seconds in batch.clock.seconds.items()}
         metrics["time/tokens_per_second_sampled"] = batch.drawn.tokens / batch.clock.seconds["sampling"]

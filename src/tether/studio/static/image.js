@@ -18,7 +18,7 @@ export function saveChartPng(chart) {
   ctx.fillRect(0, 0, canvas.width, canvas.height);
   ctx.fillStyle = value("text");
   ctx.font = `600 ${14 * scale}px Inter, system-ui, sans-serif`;
-  ctx.fillText(`${chart.spec.title}  by ${chart.group.axis}`, 12 * scale, 21 * scale);
+  ctx.fillText(`${chart.spec.title}  by ${chart.group.axis.label}`, 12 * scale, 21 * scale);
   ctx.font = `${11 * scale}px Inter, system-ui, sans-serif`;
   let left = 12 * scale;
   for (const series of chart.spec.series) {
@@ -49,7 +49,7 @@ export function chartSvg(chart) {
   const svg = s("svg", { xmlns: "http://www.w3.org/2000/svg", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, width: WIDTH, height: HEIGHT, "font-family": "Inter, system-ui, sans-serif" },
     s("rect", { width: WIDTH, height: HEIGHT, fill: value("panel") }),
     text(16, 24, chart.spec.title, { fill: value("text"), "font-size": 15, "font-weight": 600 }),
-    text((WIDTH + EDGE.left) / 2, HEIGHT - 4, chart.group.axis, { "text-anchor": "middle" }));
+    text((WIDTH + EDGE.left) / 2, HEIGHT - 4, chart.group.axis.label, { "text-anchor": "middle" }));
   const levels = ticks(scales.y.min, scales.y.max, 5);
   const names = axisNumbers(levels);
   for (const [i, y] of levels.entries()) {

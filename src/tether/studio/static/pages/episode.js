@@ -20,7 +20,7 @@ export async function show(page) {
   document.title = `Episode ${episode.id} of ${run.name} · Tether studio`;
   const control = run.kind === "control";
   const inspector = new Inspector(episode, (step) => strip.select(step));
-  const group = new ChartGroup(page.signal, { axis: "step" });
+  const group = new ChartGroup(page.signal, { name: "step", label: "step", whole: true });
   const strip = new TokenStrip(episode.steps, {
     label: control ? "Actions" : "Response, token by token", chips: control, step: Number(page.query.get("step") ?? 0),
     onLook: (step) => {
