@@ -62,7 +62,7 @@ def test_a_controllers_steps_are_a_sum_already(studio: Studio) -> None:
     page.wait_for_selector('[data-chart="Score"] .u-over')
     assert places(page)[-1] == read_metrics(studio.root / "cartpole")[-1]["steps"]
     options = page.get_by_label("Horizontal axis").locator("option").all_inner_texts()
-    assert options == ["By iteration", "By episodes", "By steps", "By time"]
+    assert options == ["By iteration", "By episodes", "By steps", "By time, seconds"]
 
 
 def test_what_a_run_did_not_count_cannot_be_an_axis(studio: Studio) -> None:
@@ -120,7 +120,7 @@ def test_seeds_are_averaged_with_a_band(studio: Studio) -> None:
     assert "seeds=mean" in page.url
     chart = page.locator('[data-chart="Score"]')
     assert chart.locator(".of").all_inner_texts() == ["seeds/sums, mean of 2", "seeds/fast-seed1"]
-    expect(chart.locator(".unit")).to_have_text("mean per episode; band: lowest to highest seed")
+    expect(chart.locator(".unit")).to_have_text("mean per episode, band min to max")
     assert columns(page).count('opacity="0.16"') == 1
     # scores of 2, 3, 4, 5 and of 4, 5, 6: as far as both go
     chart.locator(".plot").focus()

@@ -56,7 +56,7 @@ def test_the_console_says_how_a_run_was_started_and_what_it_printed(studio: Stud
     drawn(page)
     start = page.locator(".start")
     expect(start).to_have_count(1)
-    for words in ("Started", "commit", "tether ", "torch ", "processor", "threads of torch", "cpu"):
+    for words in ("Started", "commit", "tether ", "torch ", "processor", " of torch", "cpu"):
         expect(start).to_contain_text(words)
     expect(page.locator(".console")).to_contain_text("iteration")
     with (studio.root / "cartpole" / "console.log").open("a") as log:

@@ -53,7 +53,7 @@ export function axesOf(runs) {
 function inUnit(axis, values) {
   const longest = Math.max(0, ...values.map((list) => list.at(-1) ?? 0));
   const [unit, seconds] = UNITS.find(([, , limit]) => longest < limit);
-  return { ...axis, label: `${unit} of training`, values: values.map((list) => list.map((value) => value / seconds)) };
+  return { ...axis, unit, label: `${unit} of training`, values: values.map((list) => list.map((value) => value / seconds)) };
 }
 
 /** The axis that is asked for; the iteration, with a line that says why, where it cannot be had. */
@@ -66,7 +66,7 @@ export function chosenAxis(axes, name) {
 
 /** The choice; those that cannot be are there with their reason, and cannot be chosen. */
 export function axisSelect(axes, chosen, onchange) {
-  const title = ({ name, reason }) => `By ${name}${reason ? ` (${reason})` : ""}`;
+  const title = ({ name, unit, reason }) => `By ${name}${unit ? `, ${unit}` : ""}${reason ? ` (${reason})` : ""}`;
   return h("select", { "aria-label": "Horizontal axis", class: "axis", onchange: (event) => onchange(event.target.value) },
     axes.map((axis) => h("option", { value: axis.name, selected: axis.name === chosen, disabled: Boolean(axis.reason) }, title(axis))));
 }

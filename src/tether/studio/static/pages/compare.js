@@ -5,7 +5,7 @@ import { get, address, onChange } from "../api.js";
 import { axesOf, axisSelect, chosenAxis, smoothingOf, smoothingSelect } from "../axes.js";
 import { ChartGroup } from "../charts.js";
 import { CHARTS, notice, statePill } from "../parts.js";
-import { number, flatten, setting } from "../format.js";
+import { count, number, flatten, setting } from "../format.js";
 import { csvButton } from "../csv.js";
 import { go, rename } from "../router.js";
 import { averaged, groupName, seedGroups } from "../seeds.js";
@@ -95,7 +95,7 @@ function toolbar(state, redraw) {
   };
   return [
     h("label", { class: "check" }, h("input", { type: "checkbox", checked: state.mean && several, disabled: !several, onchange: mean }), h("span", {}, "Average over seeds")),
-    h("p", { class: "hint" }, several ? "The mean of runs that differ in their seed alone; the band is from the lowest to the highest." : "No two of these runs differ in their seed alone."),
+    h("p", { class: "hint" }, several ? "Mean of runs that differ in their seed alone; band: lowest to highest." : "No two of these runs differ in their seed alone."),
     h("span", { class: "spacer" }), by, smooth, button("Whole range", () => state.group.zoom(null), { class: "quiet" }),
   ];
 }
@@ -112,7 +112,7 @@ function makeCharts(state, lines) {
   const there = new Set(state.runs.flatMap((run) => Object.keys(run.rows.at(-1) ?? {})));
   const series = lines.map(({ label, colour, dashed }) => ({ label, colour, dashed }));
   const band = state.mean && lines.some((line) => line.runs.length > 1);
-  const unit = (spec) => (spec.title === "Score" ? "mean per episode" : spec.unit) + (band ? "; band: lowest to highest seed" : "");
+  const unit = (spec) => (spec.title === "Score" ? "mean per episode" : spec.unit) + (band ? ", band min to max" : "");
   state.charts = CHARTS.map((spec) => ({ ...spec, metrics: spec.series.filter(([name, label]) => there.has(name) && label !== "k1" && label !== "longest" && label !== "held out").map(([name]) => name) }))
     .filter((spec) => spec.metrics.length)
     .map((spec) => state.group.add({ ...spec, unit: unit(spec), apart: true, series }));
@@ -149,7 +149,7 @@ function lastValues(runs) {
   const rows = names.map((name) => [name, ...runs.map((run) => run.rows.at(-1)?.[name] ?? null)]);
   const title = ["metric", ...runs.map((run) => run.name)];
   return h("section", {}, h("div", { class: "section-head" }, h("h2", {}, "Last values"), csvButton("comparison.csv", () => [title, ...rows])),
-    wide("Last values", title, rows, (value) => number(value), true));
+    wide("Last values", title, rows, (value) => (Number.isInteger(value) ? count(value) : number(value)), true));
 }
 
 function differences(runs) {

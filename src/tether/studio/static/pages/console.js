@@ -2,7 +2,7 @@
 
 import { h, fill } from "../dom.js";
 import { get, exportAddress } from "../api.js";
-import { bytes, count, moment } from "../format.js";
+import { bytes, count, moment, plural } from "../format.js";
 import { visible } from "../text.js";
 
 export async function showConsole(page, run, body) {
@@ -29,7 +29,7 @@ function card(start) {
   const { commit, machine, versions } = start;
   const fact = (label, value) => (value ? h("div", {}, h("dt", {}, label), h("dd", {}, value)) : null);
   const text = (value) => (value === null || value === undefined || value === "" ? null : visible(String(value)));
-  const cores = machine?.cores ? `${count(machine.cores)} cores, ${count(machine.threads)} threads of torch` : null;
+  const cores = machine?.cores ? `${plural(machine.cores, "core")}, ${plural(machine.threads, "thread")} of torch` : null;
   return h("section", { class: "panel start" },
     h("h2", {}, start.iteration ? `Went on after iteration ${count(start.iteration)}` : "Started", h("small", {}, moment(start.time))),
     h("pre", { class: "command" }, visible(start.command)),
