@@ -39,7 +39,7 @@ def test_secrets_of_a_command_line_are_masked(given: list[str], shown: list[str]
 
 
 def test_a_start_names_command_versions_and_machine_and_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["tether", "ppo", "--model", "a model", "--hf-token", "s3cret"])
+    monkeypatch.setattr(sys, "argv", ["/opt/bin/tether", "ppo", "--model", "a model", "--hf-token", "s3cret"])
     monkeypatch.setenv("HF_TOKEN", "from-the-environment")
     start = describe_start(CPU, 7)
     assert start["command"] == "tether ppo --model 'a model' --hf-token '***'"
@@ -53,6 +53,15 @@ def test_a_start_names_command_versions_and_machine_and_no_environment(monkeypat
     text = json.dumps(start)
     assert "s3cret" not in text
     assert "from-the-environment" not in text
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [("/lib/tether/__main__.py", "tether"), ("train.py", "train.py"), ("/x/tether.py", "/x/tether.py")],
+)
+def test_another_program_is_named_by_its_path(path: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [path, "--seed", "1"])
+    assert describe_start(CPU)["command"] == f"{shown} --seed 1"
 
 
 def git(folder: Path, *arguments: str) -> str:

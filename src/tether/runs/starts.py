@@ -40,7 +40,7 @@ def describe_start(device: torch.device, iteration: int = 0) -> dict[str, Any]:
     return {
         "time": time.time(),
         "iteration": iteration,
-        "command": shlex.join(masked(sys.argv)),
+        "command": shlex.join([_program(sys.argv[0]), *masked(sys.argv[1:])]),
         "folder": os.getcwd(),
         "commit": _commit(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
@@ -52,6 +52,12 @@ def append_start(folder: Path, start: dict[str, Any]) -> None:
     """Add a line. Raises OSError where it cannot be written."""
     with (folder / STARTS_FILE).open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(start) + "\n")
+
+
+def _program(path: str) -> str:
+    """`tether`, wherever it is installed and as `python -m tether` too; the path of any other program."""
+    file = Path(path)
+    return "tether" if file.name == "tether" or file.parts[-2:] == ("tether", "__main__.py") else path
 
 
 def masked(arguments: Sequence[str]) -> list[str]:
