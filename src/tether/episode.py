@@ -32,6 +32,7 @@ class Episode:
         new_log_probs: log π(a|s) when the update saw the step for the last time, before the optimizer step that
             followed; NaN where it never did. None: not known.
         entropies: of π(·|s) at that same moment, nats.
+        clipped: whether the policy's gradient was clipped away at that same moment. None: not known.
         alternatives: the likeliest actions when the action was drawn, likeliest first, each (in words, probability), of
             the distribution that was really sampled: at its temperature, after top-k and top-p. The action itself
             is among them where it is likely enough. None where none were kept, or actions are continuous.
@@ -56,6 +57,7 @@ class Episode:
     reference_log_probs: list[float] | None = None
     new_log_probs: list[float] | None = None
     entropies: list[float] | None = None
+    clipped: list[bool] | None = None
     alternatives: list[list[tuple[str, float]]] | None = None
     states: list[str] | None = None
     frames: str | None = None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tether.episode import Episode
 from tether.memory import PeakMemory, old_objects_left_alone, phases_apart
-from tether.ppo import ActorCritic, Evaluation, Learner, Trajectories
+from tether.ppo import ActorCritic, LastSeen, Learner, Trajectories
 
 MEMORY_EVERY = 10  # iterations after which large models' peaks are measured again, which costs time
 
@@ -34,7 +34,7 @@ class World(Protocol):
         ...
 
     def episodes(
-        self, trajectories: Trajectories, advantages: Tensor, returns: Tensor, last_seen: Evaluation | None = None
+        self, trajectories: Trajectories, advantages: Tensor, returns: Tensor, last_seen: LastSeen | None = None
     ) -> list[Episode]:
         """The batch collected last, for people and for storage; `last_seen` is the learner's, after its update."""
         ...
@@ -61,7 +61,7 @@ class Iteration:
     advantages: Tensor
     returns: Tensor
     metrics: dict[str, float]
-    last_seen: Evaluation | None = None
+    last_seen: LastSeen | None = None
 
     def __repr__(self) -> str:
         shown = [f"{name} {self.metrics[name]:.3g}" for name in ("score", "reward") if name in self.metrics]

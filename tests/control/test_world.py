@@ -609,6 +609,7 @@ def test_episodes_say_what_else_was_likely_and_what_the_update_saw() -> None:
         assert episode.alternatives is not None
         assert episode.new_log_probs == pytest.approx(episode.log_probs, abs=1e-5)
         assert episode.entropies is not None
+        assert episode.clipped == [False] * len(episode.actions)
         columns = (episode.actions, episode.log_probs, episode.entropies, episode.alternatives)
         for action, log_prob, entropy, likeliest in zip(*columns, strict=True):
             assert sorted(text for text, _ in likeliest) == ["0", "1"]
@@ -618,6 +619,23 @@ def test_episodes_say_what_else_was_likely_and_what_the_update_saw() -> None:
     world = world_of(environments_of(**KINDS["sync"]), steps=30, alternatives=0)
     trajectories = world.collect()
     assert world.episodes(trajectories, *learner.credit(trajectories))[0].alternatives is None
+
+
+def test_episodes_say_which_steps_were_clipped() -> None:
+    world = world_of(environments_of(**KINDS["sync"]), steps=30, record=2)
+    trajectories = world.collect()
+    config = LearnerConfig(epochs=3, minibatches=1, learning_rate=0.05, clip_low=0.01, clip_high=0.01, dual_clip=1.1)
+    learner = Learner(world.policy, config)
+    learner.update(trajectories, *learner.credit(trajectories))
+    seen = learner.last_seen
+    assert seen is not None
+    stored = [
+        step for e in world.episodes(trajectories, *learner.credit(trajectories), seen) for step in e.clipped or ()
+    ]
+    row_by_row = [step for row in seen.clipped[:2].tolist() for step in row]
+    assert sum(stored) > 0
+    assert sum(stored) <= sum(row_by_row)
+    assert len(stored) > 20
 
 
 def test_an_episode_that_began_when_less_was_kept_of_each_step_is_not_stored() -> None:

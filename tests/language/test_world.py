@@ -225,6 +225,7 @@ def test_metrics() -> None:
     assert metrics["response_length"] == pytest.approx(sum(lengths) / len(lengths))
     assert metrics["response_length_max"] == max(lengths)
     assert metrics["tokens"] == sum(lengths)
+    assert metrics["episodes"] == len(lengths)
     assert metrics["eos_share"] == pytest.approx(float(kept.samples.terminated.float().mean()))
     assert metrics["reward"] == pytest.approx(float(batch.rewards.sum(1).mean()), rel=1e-5)
     total = torch.tensor(kept.scores.total)
@@ -266,7 +267,7 @@ def test_episodes_say_what_the_tensors_say() -> None:
         assert set(episode.details["scores"]) == {"count"}
         visible = "".join(episode.actions[:-1] if episode.terminated else episode.actions)
         assert episode.response in visible or "<" in visible
-    assert episodes[0].new_log_probs is episodes[0].entropies is None  # before an update
+    assert episodes[0].new_log_probs is episodes[0].entropies is episodes[0].clipped is None  # before an update
     with pytest.raises(ValueError, match="not the batch"):
         world.episodes(batch.select(torch.arange(3)), advantages, returns)
 
@@ -281,6 +282,7 @@ def test_episodes_say_what_the_update_saw_and_what_else_was_likely() -> None:
         # one epoch of one minibatch sees the policy that drew
         assert episode.new_log_probs == pytest.approx(episode.log_probs, abs=1e-5)
         assert episode.entropies is not None
+        assert episode.clipped == [False] * len(episode.actions)
         assert episode.alternatives is not None
         columns = (episode.actions, episode.log_probs, episode.entropies, episode.alternatives)
         for action, log_prob, entropy, likeliest in zip(*columns, strict=True):
@@ -290,6 +292,31 @@ def test_episodes_say_what_the_update_saw_and_what_else_was_likely() -> None:
             assert probabilities == sorted(probabilities, reverse=True)
             assert entropy == pytest.approx(-sum(p * math.log(p) for p in probabilities), abs=1e-4)
             assert math.exp(log_prob) in [pytest.approx(p, abs=1e-5) for text, p in likeliest if text == action]
+
+
+def test_episodes_say_which_steps_were_clipped() -> None:
+    world = make_world(sampling=SamplingConfig(max_new_tokens=8))
+    batch = world.collect()
+    config = LearnerConfig(epochs=3, minibatches=1, learning_rate=0.05, clip_low=0.01, clip_high=0.01, dual_clip=1.1)
+    learner = Learner(world.policy, config)
+    learner.update(batch, *learner.credit(batch))
+    seen = learner.last_seen
+    assert seen is not None
+    assert bool(seen.clipped.any())
+    for row, episode in enumerate(world.episodes(batch, *learner.credit(batch), seen)):
+        assert episode.clipped == seen.clipped[row, : len(episode.actions)].tolist()
+
+
+def test_episodes_of_chat_prompts_keep_their_turns_and_others_none() -> None:
+    for chat in (True, False):
+        world = make_world(prompts=make_prompts(4, chat=chat), collect=CollectConfig(prompts=4))
+        batch = world.collect()
+        for episode in world.episodes(batch, *estimate(batch, AdvantageConfig())):
+            messages = episode.details.get("messages")
+            assert (messages is not None) == chat
+            if chat:
+                source = world.prompts[episode.details["row"] - 1].source
+                assert messages == [{"role": "user", "content": m["content"]} for m in source]  # type: ignore[index]
 
 
 def test_no_alternatives_are_kept_where_none_are_asked_for() -> None:

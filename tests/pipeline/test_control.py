@@ -176,6 +176,7 @@ def test_a_run_leaves_its_settings_metrics_episodes_and_checkpoints(
     assert f"tether control --eval {run} --record {run}/film.gif" in said
     assert "--resume" not in said  # it is over
     names = {"config.yaml", "metrics.jsonl", "episodes.db", "tensorboard", "checkpoints", "lock"}
+    names |= {"starts.jsonl", "console.log"}
     assert {path.name for path in run.iterdir()} == names
     assert len(list((run / "tensorboard").iterdir())) == 1
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["iteration-000004", "iteration-000006"]

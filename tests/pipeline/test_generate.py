@@ -76,6 +76,21 @@ def test_one_prompt_is_printed_with_its_response(folder: Path, capsys: pytest.Ca
     assert f"{response.log_prob:.2f}" in out
 
 
+def test_a_chat_is_printed_as_turns_and_with_raw_as_the_model_reads_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = PromptsConfig(chat=True, system="ab")
+    generate(config(folder, prompt="cd", prompts=chat))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:3] == ["system: ab", "user: cd"]
+    assert lines[3].startswith("assistant: ")
+    generate(config(folder, prompt="cd", prompts=chat, raw=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "abcdf"
+    with pytest.raises(ValueError, match="raw is about what is printed"):
+        config(folder, raw=True, output="x.jsonl")
+
+
 def test_one_prompt_goes_through_the_chat_template_with_chat(folder: Path) -> None:
     prompts = PromptsConfig(chat=True, system="a")
     prompt = generate(config(folder, prompt="bc", prompts=prompts))[0].prompt

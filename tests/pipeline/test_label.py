@@ -55,6 +55,19 @@ def config(models: Path, tmp_path: Path) -> LabelConfig:
     )
 
 
+def test_of_chat_prompts_the_set_keeps_the_turns_and_what_the_policy_read(models: Path, config: LabelConfig) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}f"
+    chat = Path(config.output).parent / "chat"
+    make_model().save_pretrained(chat)
+    tokenizer.save_pretrained(chat)
+    prompts = replace(config.prompts, chat=True)
+    for pair in sample_pairs(replace(config, policy=str(chat), prompts=prompts)):
+        assert [message["role"] for message in pair.prompt] == ["user"]
+        assert pair.text == pair.prompt[0]["content"] + "f"
+    assert {pair.text for pair in sample_pairs(config)} == {None}
+
+
 def test_two_answers_of_one_policy_to_each_prompt(config: LabelConfig) -> None:
     pairs = sample_pairs(config)
     assert sorted(str(pair.prompt) for pair in pairs) == sorted(PROMPTS)

@@ -334,6 +334,41 @@ def test_last_seen_is_what_the_update_saw_last(microbatch_size: int, target_kl: 
     assert bool(found[batch.mask].isfinite().all()) == (target_kl != 1e-3)
 
 
+@pytest.mark.parametrize("markov", [False, True])
+@pytest.mark.parametrize("dual_clip", [None, 1.5])
+@pytest.mark.parametrize("microbatch_size", [8192, 9])
+def test_last_seen_says_which_gradients_were_clipped_away(
+    microbatch_size: int, dual_clip: float | None, markov: bool
+) -> None:
+    """As equation 7 of Schulman et al. 2017 and equation 5 of Ye et al. 2020 have it, of the numbers that were seen."""
+    policy = ToyPolicy(seed=2)
+    batch = replace(trajectories(policy, episodes=40, drift=1.5), markov=markov)
+    config = LearnerConfig(
+        epochs=2, minibatches=2, learning_rate=0.05, microbatch_size=microbatch_size, dual_clip=dual_clip, clip_low=0.1
+    )
+    learner = Learner(policy, config)
+    advantages, returns = learner.credit(batch)
+    learner.update(batch, advantages, returns)
+    seen = learner.last_seen
+    assert seen is not None
+    ratio = (seen.log_probs - batch.log_probs).exp()
+    expected = ((ratio > 1.2) & (advantages > 0)) | ((ratio < 0.9) & (advantages < 0))
+    by_dual = torch.zeros_like(expected) if dual_clip is None else (ratio > dual_clip) & (advantages < 0)
+    assert torch.equal(seen.clipped, (expected | by_dual) & batch.mask)
+    assert bool(seen.clipped.any())
+    assert bool((by_dual & batch.mask).any()) == (dual_clip is not None)
+
+
+def test_a_step_that_the_update_never_saw_was_not_clipped() -> None:
+    batch = trajectories(ToyPolicy(), episodes=9)
+    learner = Learner(ToyPolicy(seed=1), LearnerConfig(epochs=1, minibatches=4, target_kl=1e-9))
+    learner.update(batch, *learner.credit(batch))
+    assert learner.last_seen is not None
+    never = learner.last_seen.log_probs.isnan() & batch.mask
+    assert bool(never.any())
+    assert not bool(learner.last_seen.clipped[never].any())
+
+
 def test_last_seen_of_steps_that_stand_alone_lies_as_the_trajectories_do() -> None:
     """One epoch of one minibatch sees all steps with the parameters as they were before."""
     policy = ToyPolicy(seed=3)

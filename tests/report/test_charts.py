@@ -101,12 +101,31 @@ def test_labels_tell_ticks_apart() -> None:
     assert tick_labels([0, 0.5, 1]) == ["0.0", "0.5", "1.0"]
     assert tick_labels([-2, 0, 2]) == ["−2", "0", "2"]
     assert tick_labels([0, 20000]) == ["0", "20,000"]
-    assert tick_labels([0, 1e-5]) == ["0", "1.0e−05"]
+    assert tick_labels([0, 1e-5]) == ["0", "1e−5"]
+    assert tick_labels([0, 2.5, 5, 7.5]) == ["0.0", "2.5", "5.0", "7.5"]
+    assert tick_labels([5e5, 1e6, 1.5e6]) == ["5.0e5", "1.0e6", "1.5e6"]
+
+
+@pytest.mark.parametrize("start", [0.0, -3.0, 7.0, 100_000.0])
+@pytest.mark.parametrize(
+    "step", [1e-7, 1e-5, 2.5e-4, 0.002, 0.125, 0.25, 2.5, 20, 25, 250, 12_500, 250_000, 2.5e7, 1e12]
+)
+def test_a_tick_stands_where_its_label_says(start: float, step: float) -> None:
+    values = [(start + index) * step for index in range(5)]
+    labels = tick_labels(values)
+    assert [float(text.replace(",", "").replace("−", "-")) for text in labels] == pytest.approx(values, abs=step * 1e-6)
+    assert max(map(len, labels)) < 16
+
+
+def test_both_axes_of_a_chart_say_true_values() -> None:
+    svg = draw(Chart("c", [Series("s", [10_000_000, 12_000_000], [0, 8.9])]))
+    texts = re.findall(r'<text class="tick"[^>]*>([^<]+)<', svg)
+    assert texts == ["0.0", "2.5", "5.0", "7.5", "1.00e7", "1.05e7", "1.10e7", "1.15e7", "1.20e7"]
 
 
 def test_numbers() -> None:
     shown = [number(x) for x in (0, 1e-12, -1.2345, 0.00056, 1e-5, 12345, 2e6, 99.96, math.nan)]
-    assert shown == ["0", "0", "−1.23", "0.00056", "1.0e−05", "12,345", "2.0e+06", "100", "–"]
+    assert shown == ["0", "0", "−1.23", "0.00056", "1.0e−5", "12,345", "2.0e6", "100", "–"]
 
 
 def test_long_lines_are_averaged_in_bins() -> None:

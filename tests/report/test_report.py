@@ -254,6 +254,16 @@ def test_the_verdict(tmp_path: Path) -> None:
     assert verdict_of(tmp_path / "6", [0, 1], [0, 1], score_std=0.0) == ("open", "Followed or fooled?")
 
 
+def test_a_chat_prompt_is_shown_by_its_turns(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", [row(1)], episodes=False)
+    turns = [{"role": "user", "content": "<i>Why?</i>"}]
+    with Run.open(tmp_path / "run", tensorboard=False) as run:
+        run.log_episodes(1, [episode("[U]Why?[A]", "because", details={"messages": turns})])
+    shown = page(read_run(tmp_path / "run"))
+    assert "<pre class=prompt>user: &lt;i&gt;Why?&lt;/i&gt;</pre>" in shown
+    assert "[U]Why?[A]" not in shown
+
+
 def test_the_start_is_that_of_the_frontiers_samples_where_there_are_some(tmp_path: Path) -> None:
     make_run(tmp_path, [row(1, score=5.0), row(2, score=7.0)], episodes=False, alarms=AlarmsConfig(window=1))
     assert read_run(tmp_path).risen("score") == pytest.approx(2.0)

@@ -142,8 +142,35 @@ def test_a_store_of_another_layout_is_refused_in_one_line(tmp_path: Path) -> Non
     with closing(sqlite3.connect(tmp_path / "episodes.db")) as connection:
         connection.execute("CREATE TABLE episodes (id INTEGER PRIMARY KEY)")
     for use in (read_episodes, EpisodeStore):
-        with pytest.raises(UserError, match=r"episodes\.db: has layout 0 of an older version of Tether, expected 1"):
+        with pytest.raises(
+            UserError, match=r"episodes\.db: has layout 0 of an older version of Tether, expected 1 or 2"
+        ):
             use(tmp_path)
+
+
+def older(folder: Path) -> None:
+    """Make the store one of layout 1, which knew nothing of clipping."""
+    with closing(sqlite3.connect(folder / "episodes.db")) as connection:
+        connection.execute("ALTER TABLE steps DROP COLUMN clipped")
+        connection.execute("PRAGMA user_version = 1")
+
+
+def test_a_store_of_layout_1_is_read_and_its_run_goes_on(tmp_path: Path) -> None:
+    clipped = [True, False, True]
+    store = EpisodeStore(tmp_path)
+    store.append(1, [replace(episode(), clipped=clipped)])
+    store.close()
+    assert read_episode(tmp_path, 1).clipped == clipped
+    older(tmp_path)
+    before = read_episode(tmp_path, 1)
+    assert before.clipped is None
+    assert before.log_probs == pytest.approx(episode().log_probs)
+    assert read_episodes(tmp_path) == [before]
+    store = EpisodeStore(tmp_path)
+    store.append(2, [replace(episode(), clipped=clipped), episode()])
+    store.close()
+    assert [found.clipped for found in read_episodes(tmp_path)] == [None, clipped, None]
+    EpisodeStore(tmp_path).close()  # once is enough
 
 
 def test_errors_name_the_file(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tether.errors import UserError
-from tether.runs.labels import LabelSet, NewPair, count_answers, create_labels, prompt_text
+from tether.runs.labels import LabelSet, NewPair, count_answers, create_labels
+from tether.runs.messages import prompt_text
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
 
@@ -45,6 +46,17 @@ def test_messages_are_shown_with_who_says_them(file: Path) -> None:
     with LabelSet(file) as labels:
         assert labels.shown_pair("ann", 5).prompt == "system: Be brief.\n\nuser: Hi"
     assert prompt_text({"other": 1}) == '{"other": 1}'
+
+
+def test_a_set_of_layout_1_is_judged_on(file: Path) -> None:
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("ALTER TABLE pairs DROP COLUMN text")
+        connection.execute("PRAGMA user_version = 1")
+    with LabelSet(file, writable=True) as labels:
+        pair = labels.shown_pair("ann", 5)
+        assert (pair.prompt, pair.messages) == ("system: Be brief.\n\nuser: Hi", CHAT)
+        labels.answer("ann", 5, "tie")
+        assert [row["prompt"] for row in labels.preferences()] == [CHAT]
 
 
 def test_left_is_each_answer_by_chance_and_the_same_at_every_look(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def episode(prompt: str, response: str, score: float = 0.0, **changes: Any) -> E
         "reference_log_probs": [-1.25 - step for step in range(len(pieces))],
         "new_log_probs": [-1.5 - step for step in range(len(pieces))],
         "entropies": [1.0] * len(pieces),
+        "clipped": [step == 1 for step in range(len(pieces))],
         "alternatives": [[(piece, 0.5), ("other", 0.25)] for piece in pieces],
         "details": {"group": 0},
     }

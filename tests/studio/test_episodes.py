@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import pytest
 from tests.studio.folders import client, episode, make_control_run, make_run
 
 from tether.runs import Run
-from tether.studio.episodes import clip_range, steps_of
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"\x00" * 50
 
@@ -109,14 +109,13 @@ def test_an_episode_step_by_step(root: Path) -> None:
     assert [other["id"] for other in found["siblings"]] == [5]
     assert found["film"] is None
     assert found["details"] == {"group": 0}
-    assert (found["clip_low"], found["clip_high"]) == (0.2, 0.2)
     steps = found["steps"]
     assert "".join(steps["action"]) == found["response"] == "a longer answer"
     assert steps["log_prob"] == [-1.0, -2.0, -3.0, -4.0, -5.0]
     assert steps["kl"] == [0.25] * 5
     assert steps["ratio"] == [pytest.approx(math.exp(-0.5))] * 5
     assert steps["advantage"] == [-0.5, -0.25, 0.0, 0.25, 0.5]
-    assert steps["clipped"] == [True, True, False, False, False]
+    assert steps["clipped"] == [False, True, False, False, False]
     assert steps["alternatives"][0] == [["a l", 0.5], ["other", 0.25]]
     assert {len(column) for column in steps.values() if column is not None} == {5}
 
@@ -147,19 +146,16 @@ def test_the_same_prompt_across_iterations_is_whole(root: Path) -> None:
     assert all(len(other["response"]) == 1000 for other in found)
 
 
-def test_a_step_is_clipped_where_the_objective_has_no_gradient() -> None:
-    """ε_low 0.1, ε_high 0.3: ratio by advantage."""
-    log_ratios = [math.log(ratio) for ratio in (1.4, 1.4, 1.2, 0.8, 0.8, 0.95)]
-    advantages = [1.0, -1.0, 1.0, -1.0, 1.0, -1.0]
-    shown = episode(
-        "q",
-        "x" * 18,
-        log_probs=[0.0] * 6,
-        new_log_probs=log_ratios,
-        advantages=advantages,
-    )
-    steps = steps_of(shown, 0.1, 0.3)  # type: ignore[arg-type]
-    assert steps["clipped"] == [True, False, False, True, False, False]
+def test_clipping_is_what_the_loss_knew_and_never_a_guess(tmp_path: Path) -> None:
+    """Ratio and advantage would say otherwise; an older run, which kept nothing of it, shows nothing."""
+    far = episode("q", "x" * 9, new_log_probs=[9.0] * 3, advantages=[1.0] * 3, clipped=[False, True, False])
+    make_run(tmp_path / "ppo", iterations=1, episodes=[far, replace(far, clipped=None)])
+    asking = client(tmp_path)
+    told = [asking.get("/api/episode", params={"run": "ppo", "id": id}).json()["steps"]["clipped"] for id in (1, 2)]
+    assert told == [[False, True, False], None]
+    pages = [asking.get("/api/export/episode.html", params={"run": "ppo", "id": id}).text for id in (1, 2)]
+    assert [page.count("<td>yes</td>") for page in pages] == [1, 0]
+    assert ["<th>clipped</th>" in page for page in pages] == [True, False]
 
 
 def test_what_is_not_known_is_null_and_what_is_no_number_too(tmp_path: Path) -> None:
@@ -167,6 +163,7 @@ def test_what_is_not_known_is_null_and_what_is_no_number_too(tmp_path: Path) -> 
         "q",
         "abc",
         new_log_probs=None,
+        clipped=None,
         reference_log_probs=None,
         entropies=None,
         alternatives=None,
@@ -186,9 +183,29 @@ def test_what_is_not_known_is_null_and_what_is_no_number_too(tmp_path: Path) -> 
     assert third["ratio"] == [None]
 
 
-def test_the_clip_range_is_the_runs_own() -> None:
-    assert clip_range({"learner": {"clip_low": 0.1, "clip_high": 0.28}}) == (0.1, 0.28)
-    assert clip_range({}) == clip_range({"learner": [1]}) == clip_range({"learner": {"clip_low": "x"}}) == (0.2, 0.2)
+def test_chat_prompts_are_turns_in_the_list_the_episode_and_its_page(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<b>Why?</b> " + "x" * 400}]
+    raw = "[S]Be brief.[U]Why?[A]"
+    damaged = {"group": 0, "messages": [{"role": 1}]}
+    told = [
+        episode(raw, "because", details={"group": 0, "messages": turns}),
+        episode("text", "answer"),
+        episode("odd", "answer", details=damaged),
+    ]
+    make_run(tmp_path / "ppo", iterations=2, episodes=told)
+    asking = client(tmp_path)
+    listed = asking.get("/api/episodes", params={"run": "ppo"}).json()["episodes"]
+    assert listed[0]["messages"][0] == turns[0]
+    assert listed[0]["messages"][1]["content"] == turns[1]["content"][:300]
+    assert [row["messages"] for row in listed[1:3]] == [None, None]
+    found = asking.get("/api/episode", params={"run": "ppo", "id": 1}).json()
+    assert (found["prompt"], found["messages"], found["details"]) == (raw, turns, {"group": 0})
+    same = asking.get("/api/same-prompt", params={"run": "ppo", "id": 1}).json()["episodes"]
+    assert [other["messages"] for other in same] == [turns, turns]
+    page = asking.get("/api/export/episode.html", params={"run": "ppo", "id": 1}).text
+    assert "<dt>system</dt><dd><pre>Be brief.</pre></dd><dt>user</dt><dd><pre>&lt;b&gt;Why?&lt;/b&gt;" in page
+    assert f"<summary>Raw text</summary><pre>{raw}</pre>" in page
+    assert "messages" not in asking.get("/api/export/episodes.csv", params={"run": "ppo"}).text
 
 
 def test_control_episodes_show_their_film(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ READING = (
     *("run?run={}", "metrics?run={}", "difference?run={}&with={}", "episodes?run={}", "episode?run={}&id=1"),
     *("same-prompt?run={}&id=1", "film?run={}&id=1", "export/metrics.csv?run={}", "export/episodes.csv?run={}"),
     *("export/steps.csv?run={}&id=1", "export/episode.html?run={}&id=1"),
+    *("console?run={}", "export/console.log?run={}"),
     *("labels/next?set={}.labels.db&annotator=a", "labels/agreement?set={}.labels.db"),
     "export/preferences.jsonl?set={}.labels.db",
 )
@@ -150,7 +151,19 @@ def test_links_that_leave_the_folder_are_refused(guarded: Path) -> None:
     assert asking.get("/api/labels").json()["sets"] == []
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "alarms.jsonl", "episodes.db", "lock"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.yaml",
+        "metrics.jsonl",
+        "alarms.jsonl",
+        "episodes.db",
+        "notes.json",
+        "starts.jsonl",
+        "console.log",
+        "lock",
+    ],
+)
 def test_files_of_a_run_that_are_links_to_elsewhere_are_not_read(guarded: Path, name: str) -> None:
     folder = make_run(guarded / "trap", iterations=1, episodes=[episode("q", "answer")])
     (folder / name).unlink(missing_ok=True)
@@ -158,7 +171,7 @@ def test_files_of_a_run_that_are_links_to_elsewhere_are_not_read(guarded: Path, 
     (folder / name).symlink_to(source if source.exists() else guarded.parent / "outside" / "file")
     asking = client(guarded)
     assert asking.get("/api/run", params={"run": "trap"}).status_code == 403
-    for path in READING[:11]:
+    for path in READING[:13]:
         reply = asking.get(f"/api/{path.format('trap', 'trap')}")
         assert reply.status_code == 403, path
         assert SECRET not in reply.text
@@ -212,6 +225,13 @@ def no_checkpoint(folder: Path) -> None:
 
 ZEROS = b"0" * 400
 DAMAGES: dict[str, Damage] = {
+    "notes that are no JSON": written("notes.json", b"{"),
+    "notes of another form": written("notes.json", b'{"note": [], "tags": "x"}'),
+    "notes nested deeply": written("notes.json", b"[" * 100_000),
+    "notes that are a folder": replaced("notes.json", Path.mkdir),
+    "starts that are no JSON": written("starts.jsonl", b'{\n[]\n7\n{"time": "x"}\n{"time": 1, "commit": 7}\n\xff\n'),
+    "a log of bytes": written("console.log", bytes(range(256)) * 1000),
+    "a log that is a pipe": replaced("console.log", os.mkfifo),
     "an empty store": store(lambda data: b""),
     "text for a store": store(lambda data: b"no database " * 1000),
     "half a store": store(lambda data: data[:6000]),
@@ -258,7 +278,7 @@ def test_a_damaged_folder_is_told_in_one_line(tmp_path: Path, what: str) -> None
     bad = make_run(root / "bad", iterations=2, episodes=[episode("q", "an answer")] * 2)
     DAMAGES[what](bad)
     asking = client(root)
-    for path in (*READING[:11], "episodes?run={}&order=score&text=a", "labels", "export/runs.csv"):
+    for path in (*READING[:13], "episodes?run={}&order=score&text=a", "labels", "export/runs.csv"):
         reply = asking.get(f"/api/{path.format('bad', 'bad')}")
         assert reply.status_code in (200, 400, 404), (path, reply.text)
         if reply.status_code != 200:
@@ -281,7 +301,7 @@ def test_a_run_cut_off_at_any_byte_is_no_failure(tmp_path: Path) -> None:
     asking = client(tmp_path / "runs")
     assert len(asking.get("/api/runs").json()["runs"]) == 11
     for part in range(11):
-        for path in READING[:11]:
+        for path in READING[:13]:
             reply = asking.get(f"/api/{path.format(f'part-{part}', 'part-10')}")
             assert reply.status_code in (200, 400, 404), (part, path, reply.text)
     assert asking.get("/api/episode?run=part-10&id=1").status_code == 200

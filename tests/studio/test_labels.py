@@ -71,10 +71,24 @@ def test_undo_shows_the_pair_again(tmp_path: Path) -> None:
     assert (undone["undone"], undone["pair"]["id"]) == (None, 1)
 
 
+def test_chat_prompts_are_given_as_turns_beside_what_the_model_read(tmp_path: Path) -> None:
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi", "name": "x"}]
+    pairs = [NewPair(chat, "a", "b", text="<s>Be brief.<u>Hi<a>"), NewPair("plain", "a", "b")]
+    (tmp_path / "deep").mkdir()
+    create_labels(tmp_path / SET, {}, pairs)
+    asking = client(tmp_path)
+    shown = following(asking)["pair"]
+    assert shown["prompt"] == "<s>Be brief.<u>Hi<a>"
+    assert shown["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert say(asking, 1, "tie")["pair"]["messages"] is None
+    with LabelSet(tmp_path / SET) as labels:
+        assert next(labels.preferences())["prompt"] == chat
+
+
 def test_nothing_tells_whose_answer_it_is(tmp_path: Path) -> None:
     asking = make_set(tmp_path)
     shown = following(asking)
-    assert shown["pair"].keys() == {"id", "prompt", "left", "right"}
+    assert shown["pair"].keys() == {"id", "prompt", "messages", "left", "right"}
     for reply in (shown, asking.get("/api/labels").json(), say(asking, 1, "left")):
         assert "secret" not in json.dumps(reply)
 

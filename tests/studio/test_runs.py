@@ -45,6 +45,8 @@ def test_a_run_is_listed_with_its_last_numbers(tmp_path: Path) -> None:
         "updated": 0,
         "spark": [0.1, 0.2, 0.3, 0.4],
         "fault": None,
+        "note": "",
+        "tags": [],
     }
     assert abs(found["updated"] - time.time()) < 60
 

@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from tests.studio.folders import URL, client, make_run
 
 from tether.runs.labels import NewPair, create_labels
-from tether.studio import create_app
+from tether.studio import create_app, security
 from tether.studio.app import PAGES
 from tether.studio.security import Address, accepts, is_loopback
 
@@ -65,6 +65,26 @@ def test_a_configured_host_is_ours_and_all_addresses_mean_any_literal_one() -> N
 def test_which_addresses_are_of_this_machine_alone() -> None:
     assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "127.8.9.1")] == [True] * 4
     assert [is_loopback(host) for host in ("0.0.0.0", "::", "192.168.0.7", "box", "localhost.evil")] == [False] * 5
+
+
+class NoRoute:
+    """A socket on a machine without a network."""
+
+    def __init__(self, *_: object) -> None:
+        raise OSError(101, "Network is unreachable")
+
+
+def test_only_where_all_addresses_are_listened_on_there_is_another_one_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [Address(host).url_elsewhere for host in ("127.0.0.1", "::1", "192.168.0.7", "box.lan")] == [None] * 4
+    for host in ("0.0.0.0", "::"):
+        found = Address(host, 9000).url_elsewhere
+        assert found is not None
+        assert accepts(Address(host, 9000), found.removeprefix("http://"))
+    monkeypatch.setattr(security.socket, "socket", NoRoute)
+    monkeypatch.setattr(security.socket, "gethostname", lambda: "box")
+    for host in ("0.0.0.0", "::"):
+        assert Address(host, 9000).url_elsewhere == "http://box:9000"
+        assert accepts(Address(host, 9000), "box:9000")
 
 
 # ---- origins and posts -----------------------------------------------------------------------------------------------

@@ -116,6 +116,38 @@ def test_another_address_than_this_machines_needs_a_token_which_is_made(commands
         studio.end()
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_an_address_that_works_from_another_machine_is_printed_with_its_token(
+    commands: Commands, root: Path, host: str
+) -> None:
+    if host == "::" and not has_ipv6():
+        pytest.skip("this machine has no IPv6")
+    studio = Studio(commands, root, "--host", host)
+    try:
+        log, deadline = commands.log, time.monotonic() + 20
+        while not (
+            found := re.search(r"from another machine: (http://(\S+):\d+)/\?token=([\w-]{20,})\n", log.read_text())
+        ):
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.01)
+        assert found[2] not in ("127.0.0.1", "0.0.0.0", "[::1]", "[::]", "localhost")
+        assert studio.printed.endswith(f"?token={found[3]}")
+        request = urllib.request.Request(f"{found[1]}/api/runs", headers={"Authorization": f"Bearer {found[3]}"})
+        with urllib.request.urlopen(request, timeout=10) as reply:
+            assert json.loads(reply.read())["runs"]
+    finally:
+        studio.end()
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
 def test_an_address_that_is_taken_or_not_ours_is_one_line(root: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

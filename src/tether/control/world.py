@@ -29,7 +29,7 @@ from tether.control.policy import StateContext
 from tether.control.recording import EVALUATED_AT_ONCE, EpisodeRecorder, NamingPolicy, Rollout
 from tether.episode import Episode
 from tether.errors import UserError
-from tether.ppo import ActorCritic, Evaluation, KLController, Trajectories
+from tether.ppo import ActorCritic, Evaluation, KLController, LastSeen, Trajectories
 from tether.ppo.kl import estimate_kl
 
 RECENT = 100  # finished episodes that the reported means are taken over, as is usual for these environments
@@ -308,7 +308,7 @@ class ControlWorld:
         return metrics | {"time/collecting": rollout.seconds, "time/steps_per_second_collected": _rate(rollout)}
 
     def episodes(
-        self, trajectories: Trajectories, advantages: Tensor, returns: Tensor, last_seen: Evaluation | None = None
+        self, trajectories: Trajectories, advantages: Tensor, returns: Tensor, last_seen: LastSeen | None = None
     ) -> list[Episode]:
         """Episodes of the recorded environments that ended in the batch that `collect` returned last, as wholes.
 
@@ -321,6 +321,7 @@ class ControlWorld:
             numbers["reference_log_probs"] = trajectories.reference_log_probs
         if last_seen is not None:
             numbers |= {"new_log_probs": last_seen.log_probs, "entropies": last_seen.entropy}
+            numbers["clipped"] = last_seen.clipped
         if self.config.whole_episodes:
             self.recorder.begin_anew()
         return self.recorder.finished(rollout, trajectories.actions, numbers, self.steps)

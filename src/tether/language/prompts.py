@@ -19,7 +19,7 @@ from tether.language.rows import Row, load_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Prompt", "PromptsConfig", "load_prompts", "load_rows", "prompts_from_rows", "tokenize_text"]
+__all__ = ["Messages", "Prompt", "PromptsConfig", "load_prompts", "load_rows", "prompts_from_rows", "tokenize_text"]
 
 logger = logging.getLogger(__name__)
 

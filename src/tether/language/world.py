@@ -27,11 +27,11 @@ from tether.language.divergence import compare
 from tether.language.diversity import distinct_share, repeated_ngrams
 from tether.language.draws import Draw, join_draws, telling_groups
 from tether.language.policy import LanguagePolicy
-from tether.language.prompts import Prompt
+from tether.language.prompts import Messages, Prompt
 from tether.language.reference import Reference
 from tether.language.sampler import Sampler, Samples
 from tether.memory import PeakMemory
-from tether.ppo import Evaluation, KLController, Trajectories
+from tether.ppo import KLController, LastSeen, Trajectories
 from tether.ppo.advantages import scale_and_clip
 from tether.ppo.kl import estimate_kl, penalised_rewards
 from tether.ppo.trajectories import last_step
@@ -310,7 +310,7 @@ class LanguageWorld:
         for kind, scores in (("score", batch.scores), ("gold", batch.gold)):
             if scores is not None and len(scores.parts) > 1:
                 metrics |= {f"{kind}/{name}": sum(part) / len(part) for name, part in scores.parts.items()}
-        metrics["tokens"] = tokens
+        metrics |= {"tokens": tokens, "episodes": float(len(lengths))}
         metrics |= self._filtering(batch)
         metrics |= {f"time/{phase}": seconds for phase, seconds in batch.clock.seconds.items()}
         metrics["time/tokens_per_second_sampled"] = batch.drawn.tokens / batch.clock.seconds["sampling"]
@@ -329,7 +329,7 @@ class LanguageWorld:
         }
 
     def episodes(
-        self, trajectories: Trajectories, advantages: Tensor, returns: Tensor, last_seen: Evaluation | None = None
+        self, trajectories: Trajectories, advantages: Tensor, returns: Tensor, last_seen: LastSeen | None = None
     ) -> list[Episode]:
         """The batch that `collect` returned last as episodes for people and for storage."""
         batch = self._last_batch(trajectories)
@@ -339,6 +339,7 @@ class LanguageWorld:
         columns |= {"advantages": advantages.tolist(), "returns": returns.tolist()}
         if last_seen is not None:
             columns |= {"new_log_probs": last_seen.log_probs.tolist(), "entropies": last_seen.entropy.tolist()}
+            columns["clipped"] = last_seen.clipped.tolist()
         if batch.samples.likeliest is not None:
             columns["alternatives"] = self._alternatives(batch.samples)
         pieces = self._texts(i for response in batch.samples.response_ids for i in response)
@@ -361,6 +362,7 @@ class LanguageWorld:
                         "row": prompt.row,
                         "scores": {name: part[row] for name, part in batch.scores.parts.items()},
                         **({} if batch.gold is None else {"gold": batch.gold.total[row]}),
+                        **({} if isinstance(prompt.source, str) else {"messages": turns_of(prompt.source)}),
                     },
                 )
             )
@@ -445,6 +447,11 @@ def _mean(name: str, values: Tensor) -> dict[str, float]:
     """Mean of `values` (n,) and its standard error s/√n, which takes two at least."""
     mean = {name: float(values.mean())}
     return mean if len(values) < 2 else mean | {f"{name}_error": float(values.std()) / math.sqrt(len(values))}
+
+
+def turns_of(messages: Messages) -> Messages:
+    """Role and content of each message, without what else its data set says of it."""
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def as_completion(prompt: Prompt, text: str) -> str | list[dict[str, str]]:

@@ -43,6 +43,8 @@ class GenerateConfig:
     length limit), log_prob (of the whole response), and the other columns of the prompt. None: print them."""
     overwrite: bool = False
     """Replace a file that is already there."""
+    raw: bool = False
+    """Print chat prompts as the model reads them, the chat template applied, instead of as turns."""
     seed: int = 0
     """Of the sampler."""
     device: str = "auto"
@@ -65,6 +67,8 @@ class GenerateConfig:
             raise ValueError("prompts.template and prompts.column read a file: leave them out with prompt")
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError("prompt is empty, expected text")
+        if self.raw and self.output is not None:
+            raise ValueError("raw is about what is printed, but output writes a file: drop one")
 
 
 @dataclass(frozen=True, repr=False)
@@ -115,7 +119,7 @@ def generate(config: GenerateConfig) -> list[Response]:
                 if file is not None:
                     write_row(file, response.as_row())
                 else:
-                    _show(console, response)
+                    _show(console, response, config.raw)
             if file is not None:
                 tally.update(len(responses) // config.samples)
     if config.output is not None:
@@ -200,8 +204,13 @@ def _prompts(config: GenerateConfig, sampler: Sampler) -> list[Prompt]:
     return load_prompts(config.prompts, sampler.tokenizer, *room)
 
 
-def _show(console: Console, response: Response) -> None:
-    end = "" if response.terminated else " […]"
+def _show(console: Console, response: Response, raw: bool) -> None:
+    end, source = "" if response.terminated else " […]", response.prompt.source
     console.rule(f"row {response.prompt.row}, log π {response.log_prob:.2f}", align="left", style="dim")
-    console.print(response.prompt.text, style="dim", markup=False)
+    if raw or isinstance(source, str):
+        console.print(response.prompt.text, style="dim", markup=False)
+    else:
+        for message in source:
+            console.print(f"{message['role']}: {message['content']}", style="dim", markup=False)
+        console.print("assistant:", style="dim", markup=False, end=" ")
     console.print(response.text + end, markup=False)

@@ -9,7 +9,7 @@ import itertools
 import logging
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from tether.config import config_to_dict
 from tether.errors import UserError
 from tether.language.prompts import Prompt, PromptsConfig, load_prompts
 from tether.language.sampler import Sampler, SamplingConfig
-from tether.pipeline.generate import check_output, load_sampler, open_rows, sample_responses, write_row
+from tether.pipeline.generate import Response, check_output, load_sampler, open_rows, sample_responses, write_row
 from tether.pipeline.opening import count
 from tether.pipeline.progress import Tally
 from tether.pretrained import context_length
@@ -141,7 +141,7 @@ def most_disputed(judge: RewardModel, pairs: Sequence[NewPair], count: int) -> l
     first, second = scores.double().chunk(2, dim=1)
     spread = torch.sigmoid(first - second).std(dim=0, correction=0).tolist()
     order = sorted(range(len(pairs)), key=lambda index: (-spread[index], index))[:count]
-    return [NewPair(pairs[i].prompt, pairs[i].a, pairs[i].b, spread[i]) for i in order]
+    return [replace(pairs[i], disagreement=spread[i]) for i in order]
 
 
 def _answers(samplers: Sequence[Sampler], chosen: Sequence[Sequence[Prompt]]) -> Iterator[NewPair]:
@@ -149,14 +149,19 @@ def _answers(samplers: Sequence[Sampler], chosen: Sequence[Sequence[Prompt]]) ->
     if len(samplers) == 1:
         for group in sample_responses(samplers[0], [prompts[0] for prompts in chosen], 2):
             for a, b in zip(group[::2], group[1::2], strict=True):
-                yield NewPair(a.prompt.source, a.text, b.text)
+                yield _pair(a, b)
         return
     sides = [
         itertools.chain.from_iterable(sample_responses(sampler, [prompts[side] for prompts in chosen], 1))
         for side, sampler in enumerate(samplers)
     ]
     for a, b in zip(*sides, strict=True):
-        yield NewPair(a.prompt.source, a.text, b.text)
+        yield _pair(a, b)
+
+
+def _pair(a: Response, b: Response) -> NewPair:
+    prompt = a.prompt
+    return NewPair(prompt.source, a.text, b.text, text=None if isinstance(prompt.source, str) else prompt.text)
 
 
 def _prompts(config: LabelConfig, samplers: Sequence[Sampler]) -> Iterator[list[Prompt]]:

@@ -238,10 +238,10 @@ def _show(console: Console, config: ProveConfig, proof: Proof) -> None:
         ("share of the gap closed", f"{evaluation.gap_closed:.2%}"),
         ("KL(π‖π*)  exact, nats per response", f"{evaluation.kl_to_optimum.mean():.4f}"),
         ("KL(π‖π_ref)", f"{exact:.4f}"),
-        ("  as `kl` reports it, and its error", _against(reported["kl"], reported["kl_error"], exact)),
-        ("  as `kl_k1` estimates it, and its error", _against(reported["kl_k1"], reported["kl_k1_error"], exact)),
-        ("critic's mean absolute error, as visited", f"{error.visited:.4f}"),
-        ("critic's mean absolute error, all alike", f"{error.uniform:.4f}"),
+        (f"  as `kl` reports it, ± {reported['kl_error']:.4f}", _against(reported["kl"], exact)),
+        (f"  by the drawn tokens alone, `kl_k1`, ± {reported['kl_k1_error']:.4f}", _against(reported["kl_k1"], exact)),
+        ("critic's mean absolute error, prefixes as often as visited", f"{error.visited:.4f}"),
+        ("critic's mean absolute error, all prefixes alike", f"{error.uniform:.4f}"),
     ]
     for name, number in rows:
         table.add_row(name, number)
@@ -254,8 +254,9 @@ def _show(console: Console, config: ProveConfig, proof: Proof) -> None:
     )
 
 
-def _against(found: float, error: float, exact: float) -> str:
-    return f"{found:.4f} ± {error:.4f}  {found - exact:+.4f}".replace("-", "−")
+def _against(found: float, exact: float) -> str:
+    """A number and how far it is from the exact one."""
+    return f"{found:.4f}  ({found - exact:+.4f})"
 
 
 __all__ = ["Proof", "ProveConfig", "prove", "random_reward"]

@@ -36,7 +36,7 @@ from tether.rewards.classifiers import load_classifier
 from tether.rewards.models import MEMBER
 from tether.rewards.normalisation import Combine, Normalisation
 from tether.rewards.passes import score_all
-from tether.runs import Display, Run
+from tether.runs import Display, Run, recorded
 from tether.uncertainty import percent, rounded, with_error
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,11 @@ def train_reward_model(config: RewardModelConfig, report: Report | None = None, 
     plans = [plan_batches(len(data.train), config, order) for order in orders]
     total = sum(map(len, plans))
     folder = Path(config.output) / MODEL_FOLDER
-    with Run.create(config.output, config_to_dict(config), overwrite=config.overwrite) as run, ExitStack() as stack:
+    with (
+        Run.create(config.output, config_to_dict(config), overwrite=config.overwrite) as run,
+        recorded(run.folder, model.device),
+        ExitStack() as stack,
+    ):
         display = stack.enter_context(Display(total, SHOWN, unit="step")) if show else None
         if display is not None:
             display.note("\n".join(_opening(config, model, tokenizer, data, total)))

@@ -29,7 +29,7 @@ from tether.pipeline.opening import aligned, count, describe_device, describe_mo
 from tether.pipeline.samples import Row, RowFormat, tokenize_rows
 from tether.pipeline.supervised import Batch, Optimizer, Report, SupervisedConfig, longest_text, plan_batches
 from tether.pretrained import check_vocabulary
-from tether.runs import Display, Run
+from tether.runs import Display, Run, recorded
 from tether.runs.random_states import seed_random_states
 
 SHOWN = ("loss", "eval_loss", "learning_rate", "gradient_norm", "time/tokens_per_second")
@@ -124,7 +124,11 @@ def sft(config: SFTConfig, report: Report | None = None, show: bool = False) -> 
     data = _prepare(model, tokenizer, rows, eval_rows, config, names)
     batches = _plan(data.train, config)
     folder = Path(config.output) / "policy"
-    with Run.create(config.output, config_to_dict(config), overwrite=config.overwrite) as run, ExitStack() as stack:
+    with (
+        Run.create(config.output, config_to_dict(config), overwrite=config.overwrite) as run,
+        recorded(run.folder, model.device),
+        ExitStack() as stack,
+    ):
         display = stack.enter_context(Display(len(batches), SHOWN, unit="step")) if show else None
         if display is not None:
             display.note("\n".join(_opening(config, model, tokenizer, data, len(batches))))

@@ -21,7 +21,7 @@ from tether.config import config_to_dict
 from tether.errors import UserError
 from tether.pipeline.progress import Progress
 from tether.ppo import Learner
-from tether.runs import Run, load_state, refuse_run, save_state
+from tether.runs import Run, load_state, recorded, refuse_run, save_state
 from tether.runs.alarms import AlarmLog, AlarmsConfig
 from tether.runs.random_states import random_states, set_random_states
 from tether.train import Iteration, World, iterate
@@ -134,7 +134,8 @@ def train_in_folder(
 
         # what changes while a batch is collected, as it was after the last iteration that is logged whole
         boundary, complete = _boundary(world), learner.iteration
-        with _Interruption() as interruption:
+        device = next(iter(learner.policy.policy_parameters())).device
+        with recorded(folder, device, learner.iteration), _Interruption() as interruption:
             try:
                 if begin is not None and learner.iteration == 0:
                     begin(world, folder)

@@ -3,7 +3,7 @@
 from tether.ppo.advantages import AdvantageConfig
 from tether.ppo.kl import KLConfig, KLController
 from tether.ppo.learner import Learner, LearnerConfig
-from tether.ppo.trajectories import ActorCritic, Context, Evaluation, Trajectories
+from tether.ppo.trajectories import ActorCritic, Context, Evaluation, LastSeen, Trajectories
 
 __all__ = [
     "ActorCritic",
@@ -12,6 +12,7 @@ __all__ = [
     "Evaluation",
     "KLConfig",
     "KLController",
+    "LastSeen",
     "Learner",
     "LearnerConfig",
     "Trajectories",

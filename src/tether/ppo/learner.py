@@ -18,7 +18,7 @@ from tether.ppo.advantages import AdvantageConfig, estimate
 from tether.ppo.distributed import all_sum, sum_gradients
 from tether.ppo.kl import KLConfig, KLController, estimate_kl
 from tether.ppo.objective import clipped_surrogate, step_weights, value_loss
-from tether.ppo.trajectories import ActorCritic, Context, Evaluation, Trajectories, last_step
+from tether.ppo.trajectories import ActorCritic, Context, Evaluation, LastSeen, Trajectories, last_step
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,7 @@ class Learner:
     Attributes:
         iteration: updates done so far.
         updating: the parameters are those of neither one iteration nor the next, since an update was broken off.
-        last_seen: what policy and critic said of each step of the last batch when the update evaluated it for the last
-            time, before the optimizer step that followed; NaN where it never did.
+        last_seen: of each step of the last batch, see `LastSeen`.
     """
 
     def __init__(
@@ -126,7 +125,7 @@ class Learner:
         self.iterations = iterations
         self.iteration = 0
         self.updating = False
-        self.last_seen: Evaluation | None = None
+        self.last_seen: LastSeen | None = None
         self.generator = torch.Generator().manual_seed(seed)
         self._policy_parameters = [p for p in policy.policy_parameters() if p.requires_grad]
         self._value_parameters = [p for p in policy.value_parameters() if p.requires_grad]
@@ -206,7 +205,7 @@ class Learner:
         for part in self._microbatches(batch.context.lengths[rows]):
             micro = batch.select(rows[part])
             losses, evaluation = self._losses(micro)
-            seen.add(rows[part], evaluation)
+            seen.add(rows[part], evaluation, losses["clip_fraction"])
             weight = weights[part, : micro.mask.shape[1]]
             losses["loss"].backward(weight)  # the gradient of Σ weight · loss
             with torch.no_grad():
@@ -358,25 +357,28 @@ class _Batch:
 
 
 class _Seen:
-    """What policy and critic said in the evaluations of an update, one after the other."""
+    """What policy, critic and clipping said in the evaluations of an update, one after the other."""
 
     def __init__(self) -> None:
-        self.parts: list[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]] = []
+        self.parts: list[tuple[Tensor, tuple[Tensor, ...]]] = []
 
-    def add(self, rows: Tensor, evaluation: Evaluation) -> None:
+    def add(self, rows: Tensor, evaluation: Evaluation, clipped: Tensor) -> None:
         numbers = (evaluation.log_probs.detach(), evaluation.values.detach(), evaluation.entropy.detach())
-        self.parts.append((rows, numbers))
+        self.parts.append((rows, (*numbers, clipped)))
 
-    def last(self, batch: _Batch, trajectories: Trajectories) -> Evaluation:
+    def last(self, batch: _Batch, trajectories: Trajectories) -> LastSeen:
         """The last word on every step, (N, T) as the trajectories lie; NaN where there is none."""
-        told = [torch.full_like(batch.values, math.nan) for _ in range(3)]
+        told = [torch.full_like(batch.values, math.nan) for _ in range(4)]
         for rows, numbers in self.parts:
             for whole, part in zip(told, numbers, strict=True):
                 whole[rows, : part.shape[1]] = part.to(whole.dtype)
         if trajectories.markov:  # a row of the batch is a step of the mask
             nowhere = torch.full_like(trajectories.values, math.nan)
-            return Evaluation(*(nowhere.masked_scatter(trajectories.mask, steps) for steps in told))
-        return Evaluation(*(whole.masked_fill(~trajectories.mask, math.nan) for whole in told))
+            told = [nowhere.masked_scatter(trajectories.mask, steps) for steps in told]
+        else:
+            told = [whole.masked_fill(~trajectories.mask, math.nan) for whole in told]
+        log_probs, values, entropy, clipped = told
+        return LastSeen(log_probs, values, entropy, clipped == 1)  # never seen: never clipped
 
 
 class _Sums:

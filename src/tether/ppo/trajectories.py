@@ -43,6 +43,16 @@ class Evaluation:
         return f"Evaluation({' × '.join(map(str, self.log_probs.shape))} steps)"
 
 
+@dataclass(frozen=True)
+class LastSeen(Evaluation):
+    """What an update saw of each step when it evaluated it for the last time, before the optimizer step that followed.
+
+    NaN where it never did. `clipped`, (N, T) bool, says where the gradient was clipped away then.
+    """
+
+    clipped: Tensor
+
+
 class ActorCritic(Protocol):
     """A policy π(a|s) with a value function V(s): the only seam between the learner and a world."""
 

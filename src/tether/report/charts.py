@@ -7,6 +7,7 @@ numbers when it is pointed at.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -152,10 +153,12 @@ def _axes(
         y = place_y(value)
         parts.append(f'<path class="rule" d="M{LEFT} {y:.1f}H{chart.width - RIGHT}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>')
-    for value in root_ticks(x_range[1]) if chart.root else ticks(*x_range, 5, whole=True):
+    below = root_ticks(x_range[1]) if chart.root else ticks(*x_range, 5, whole=True)
+    labels = [number(value) for value in below] if chart.root else tick_labels(below)
+    for value, label in zip(below, labels, strict=True):
         x = place_x(value)
         parts.append(f'<path class="axis" d="M{x:.1f} {floor}v4"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{floor + 15}" text-anchor="middle">{number(value)}</text>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{floor + 15}" text-anchor="middle">{label}</text>')
     parts.append(f'<path class="axis" d="M{LEFT} {floor}H{chart.width - RIGHT}"/>')
     middle = (LEFT + chart.width - RIGHT) / 2
     if chart.x_name:
@@ -180,16 +183,28 @@ def ticks(low: float, high: float, about: int, whole: bool = False) -> list[floa
 
 
 def tick_labels(values: Sequence[float]) -> list[str]:
-    """Numbers that stand at equal distances, each with as many digits as it takes to tell them all apart."""
+    """Each number's true value, all with as many decimals as the finest needs; with an exponent where it is shorter."""
     size = max(map(abs, values), default=0.0)
+    step = min((abs(b - a) for a, b in pairwise(values)), default=size)
+
+    def exact(form: str) -> list[str]:
+        for digits in range(15):
+            texts = [f"{value:{form.replace('#', str(digits))}}" for value in values]
+            errors = (abs(float(text.replace(",", "")) - value) for text, value in zip(texts, values, strict=True))
+            if all(error <= step * 1e-6 for error in errors):
+                return texts
+        return [str(value) for value in values]
+
+    texts = exact(",.#f")
     if size >= 1e6 or 0 < size < 1e-3:
-        return [number(value) for value in values]
-    texts: list[str] = []
-    for digits in range(7):
-        texts = [f"{value:,.{digits}f}".replace("-", "−") for value in values]
-        if all(math.isclose(float(f"{value:.{digits}f}"), value, abs_tol=1e-9) for value in values):
-            break
-    return texts
+        powers = ["0" if value == 0 else _short(text) for text, value in zip(exact(".#e"), values, strict=True)]
+        texts = min(powers, texts, key=lambda labels: max(map(len, labels)))
+    return [text.replace("-", "−") for text in texts]
+
+
+def _short(text: str) -> str:
+    """1.5e+06 as 1.5e6."""
+    return re.sub(r"e\+?(-?)0*", r"e\1", text)
 
 
 def root_ticks(high: float) -> list[float]:
@@ -237,7 +252,7 @@ def number(value: float) -> str:
     if size < 1e-9:  # what rounding leaves of nothing
         return "0"
     if size >= 1e6 or size < 1e-4:
-        text = f"{value:.1e}"
+        text = _short(f"{value:.1e}")
     elif size >= 1000:
         text = f"{value:,.0f}"
     else:

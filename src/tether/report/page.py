@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tether.runs import StoredEpisode
+from tether.runs.messages import prompt_text
 from tether.uncertainty import NORMAL_95, rounded, with_error
 from tether.yaml_file import dump_yaml
 
@@ -311,7 +312,8 @@ def _samples(data: RunData) -> str:
 
 
 def _prompt(episode: StoredEpisode) -> str:
-    return f"<pre class=prompt>{escape(shorten(episode.prompt.strip(), *PROMPT))}</pre>"
+    text = prompt_text(episode.messages or episode.prompt.strip())
+    return f"<pre class=prompt>{escape(shorten(text, *PROMPT))}</pre>"
 
 
 def _card(episode: StoredEpisode, prompt: bool = False, tokens: bool = False) -> str:

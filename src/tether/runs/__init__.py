@@ -3,6 +3,7 @@
 Knows nothing of training: imports neither the loop nor the pipeline.
 """
 
+from .console import recorded
 from .display import Display
 from .episode_queries import EpisodeFilter, EpisodeSummary, find_episodes, same_prompt, siblings
 from .episodes import StoredEpisode, count_episodes, read_episode, read_episodes, read_revisited
@@ -24,6 +25,7 @@ __all__ = [
     "read_episodes",
     "read_metrics",
     "read_revisited",
+    "recorded",
     "refuse_run",
     "same_prompt",
     "save_state",

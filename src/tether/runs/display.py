@@ -20,6 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column, Table
 from rich.text import Text
 
+from .console import PROGRESS
+
 ROWS = 8  # of the live table: the trend is seen, and it fits small terminals
 RECENT = 20  # iterations whose median says how long the rest will take: an odd slow one does not count
 GAP = 2  # between columns
@@ -88,10 +90,12 @@ class Display:
         self.pace.update(iteration)
         done = f"{iteration:>{len(str(self.total))}}/{self.total}"
         cells = [_cell(form, name, metrics) for name, form in zip(self.columns, self._formats, strict=True)]
+        pairs = (f"{label} {cell:>7}" for label, cell in zip(self._labels, cells, strict=True))
+        line = "  ".join((f"{self.unit} {done}", *pairs, self.pace.words(self.unit)))
         if self._live is None:
-            pairs = (f"{label} {cell:>7}" for label, cell in zip(self._labels, cells, strict=True))
-            print(f"{self.unit} {done}", *pairs, self.pace.words(self.unit), sep="  ", flush=True)
+            print(line, flush=True)
             return
+        PROGRESS.info(line)
         self._rows.append([done, *cells])
         self._progress.update(self._task, completed=iteration, description=self.unit)
 
@@ -100,6 +104,7 @@ class Display:
         if self._live is None:
             print(text, flush=True)
         else:
+            PROGRESS.info(text)
             self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:

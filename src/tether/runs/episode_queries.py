@@ -5,6 +5,7 @@ Knows the narrow table of `episodes` and its indices, and never reads what belon
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Literal
 from tether.errors import UserError
 
 from .episodes import EPISODES_FILE, count_episodes, query_store
+from .messages import Turns, chat_turns
 
 SHOWN = 300  # characters of prompt and response in a summary
 READERS = 2  # threads that search in texts
@@ -44,7 +46,10 @@ class EpisodeFilter:
 
 @dataclass(frozen=True)
 class EpisodeSummary:
-    """A row of a list: what `StoredEpisode` says of an episode as a whole; score and reward None for NaN."""
+    """A row of a list: what `StoredEpisode` says of an episode as a whole; score and reward None for NaN.
+
+    `messages` are the turns of a chat prompt, None of any other.
+    """
 
     id: int
     iteration: int
@@ -59,6 +64,7 @@ class EpisodeSummary:
     truncated: bool
     group: int | None
     prompt_hash: str
+    messages: Turns | None = None
 
 
 def find_episodes(
@@ -91,7 +97,7 @@ def find_episodes(
         page = f"SELECT id FROM episodes WHERE {condition} ORDER BY {by} LIMIT ? OFFSET ?"
         paged = [*parameters, limit, offset]
     query = f"SELECT {_columns(characters)} FROM episodes WHERE id IN ({page}) ORDER BY {by}"
-    return [_summary(row) for row in query_store(folder, query, paged)], total
+    return [_summary(row, characters) for row in query_store(folder, query, paged)], total
 
 
 def siblings(folder: str | Path, id: int) -> list[EpisodeSummary]:
@@ -177,9 +183,15 @@ def _sorting(order: str, descending: bool) -> str:
 def _columns(characters: int | None) -> str:
     cut = "" if characters is None else ", 1, " + str(characters)
     texts = {name: f"SUBSTR({name}{cut}) AS {name}" if cut else name for name in ("prompt", "response")}
+    texts["messages"] = "CASE WHEN json_valid(details) THEN json_extract(details, '$.messages') END AS messages"
     return ", ".join(texts.get(field.name, f'"{field.name}"') for field in fields(EpisodeSummary))
 
 
-def _summary(row: Any) -> EpisodeSummary:
+def _summary(row: Any, characters: int | None = None) -> EpisodeSummary:
     values = dict(row)
-    return EpisodeSummary(**values | {name: bool(values[name]) for name in ("terminated", "truncated")})
+    values |= {name: bool(values[name]) for name in ("terminated", "truncated")}
+    found = values["messages"]
+    turns = chat_turns(json.loads(found)) if isinstance(found, str) and found.startswith("[") else None
+    if turns is not None and characters is not None:
+        turns = [{name: text[:characters] for name, text in turn.items()} for turn in turns]
+    return EpisodeSummary(**values | {"messages": turns})

@@ -1,7 +1,7 @@
 """Every sampled episode of a run, in one SQLite file that people and the studio can query while the run goes on.
 
 Knows `Episode` and SQL; nothing of training. `episode_queries` asks it for lists. `episodes.db` (write-ahead log,
-user_version 1) has a narrow table to search in, and one with what belongs to each step:
+user_version 2) has a narrow table to search in, and one with what belongs to each step:
 
     episodes
       id            INTEGER PRIMARY KEY   in the order of collection, from 1
@@ -30,6 +30,8 @@ user_version 1) has a narrow table to search in, and one with what belongs to ea
       log_probs, "values", rewards, advantages, returns, reference_log_probs, new_log_probs, entropies
                     BLOB                  one little-endian float32 per step: numpy.frombuffer(blob, "<f4")
                                           (NULL where they are not known)
+      clipped       BLOB                  one byte per step, 0 or 1: the gradient was clipped away (NULL: not known).
+                                          Layout 1 lacks it; such a store gets it when its run goes on
 
     sqlite3 episodes.db 'SELECT id, score, response FROM episodes WHERE iteration = 3 ORDER BY score DESC LIMIT 5'
 """
@@ -51,8 +53,11 @@ import numpy as np
 from tether.episode import Episode
 from tether.errors import UserError
 
+from .messages import Turns, chat_turns
+
 EPISODES_FILE = "episodes.db"
-LAYOUT = 1  # PRAGMA user_version; 0 is what one table held, or an empty file
+LAYOUT = 2  # PRAGMA user_version; 0 is what one table held, or an empty file
+READABLE = (1, LAYOUT)
 
 _SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS episodes (
@@ -66,7 +71,8 @@ CREATE TABLE IF NOT EXISTS steps (
   episode_id INTEGER PRIMARY KEY, actions TEXT NOT NULL, action_ids TEXT NOT NULL, states TEXT,
   alternatives TEXT, alternative_probabilities BLOB,
   log_probs BLOB NOT NULL, "values" BLOB NOT NULL, rewards BLOB NOT NULL,
-  advantages BLOB NOT NULL, returns BLOB NOT NULL, reference_log_probs BLOB, new_log_probs BLOB, entropies BLOB
+  advantages BLOB NOT NULL, returns BLOB NOT NULL, reference_log_probs BLOB, new_log_probs BLOB, entropies BLOB,
+  clipped BLOB
 );
 CREATE INDEX IF NOT EXISTS episodes_by_numbers ON episodes
   (iteration, score, kl, length, reward, terminated, truncated, "group", prompt_hash);
@@ -82,7 +88,7 @@ _COLUMNS = (
     *("prompt_hash", "group", "frames", "details"),
 )
 _STEP_JSON = ("actions", "action_ids", "states")
-_STEP_COLUMNS = (*_STEP_JSON, "alternatives", "alternative_probabilities", *_ARRAYS)
+_STEP_COLUMNS = (*_STEP_JSON, "alternatives", "alternative_probabilities", *_ARRAYS, "clipped")
 
 
 def _insert(table: str, columns: Sequence[str]) -> str:
@@ -117,6 +123,11 @@ class StoredEpisode(Episode):
     prompt_hash: str = ""
     group: int | None = None
 
+    @property
+    def messages(self) -> Turns | None:
+        """The turns of a chat prompt; None of any other."""
+        return chat_turns(self.details.get("messages"))
+
 
 class EpisodeStore:
     """The writing end. One process writes, any number read."""
@@ -127,13 +138,20 @@ class EpisodeStore:
             self._connection = sqlite3.connect(self.file, isolation_level=None)
             try:
                 if self._connection.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0]:
-                    _check_layout(self._connection, self.file)  # before anything is written
+                    self._migrate(_layout(self._connection, self.file))
                 self._connection.execute("PRAGMA journal_mode = WAL")
                 self._connection.execute("PRAGMA synchronous = NORMAL")
                 self._connection.executescript(_SCHEMA)
             except BaseException:
                 self._connection.close()
                 raise
+
+    def _migrate(self, layout: int) -> None:
+        """Bring a store of an older layout to the newest, whole or not at all."""
+        if layout < LAYOUT:
+            with self._transaction():
+                self._connection.execute("ALTER TABLE steps ADD COLUMN clipped BLOB")
+                self._connection.execute(f"PRAGMA user_version = {LAYOUT}")
 
     def append(self, iteration: int, episodes: Sequence[Episode]) -> None:
         """Store the episodes of an iteration: all of them or, if the process dies, none."""
@@ -241,20 +259,23 @@ def query_store(folder: str | Path, query: str, parameters: Sequence[Any]) -> li
         _named(file),
         contextlib.closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as connection,
     ):
-        _check_layout(connection, file)
+        if _layout(connection, file) == 1:  # shown as the newest
+            connection.execute("CREATE TEMP VIEW steps AS SELECT *, NULL AS clipped FROM main.steps")
         connection.execute(f"PRAGMA mmap_size = {2**40}")  # as much as SQLite allows: pages are read without a copy
         connection.row_factory = sqlite3.Row
         return connection.execute(query, parameters).fetchall()
 
 
-def _check_layout(connection: sqlite3.Connection, file: Path) -> None:
-    found = connection.execute("PRAGMA user_version").fetchone()[0]
-    if found != LAYOUT:
+def _layout(connection: sqlite3.Connection, file: Path) -> int:
+    """The layout of a store. Raises UserError where this version cannot read it."""
+    found = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    if found not in READABLE:
         whose = "an older" if found < LAYOUT else "a newer"
         raise UserError(
-            f"{file}: has layout {found} of {whose} version of Tether, expected {LAYOUT}; read it with that version, "
-            "or move it away and go on without it"
+            f"{file}: has layout {found} of {whose} version of Tether, expected {' or '.join(map(str, READABLE))}; "
+            "read it with that version, or move it away and go on without it"
         )
+    return found
 
 
 @contextlib.contextmanager
@@ -290,6 +311,7 @@ def _steps(episode: Episode) -> tuple[Any, ...]:
         *(_to_json(getattr(episode, name)) for name in _STEP_JSON),
         *(_to_json(alternatives), _pack(probabilities)),
         *(_pack(getattr(episode, name)) for name in _ARRAYS),
+        None if episode.clipped is None else bytes(episode.clipped),
     )
 
 
@@ -299,6 +321,7 @@ def _stored(row: Any) -> StoredEpisode:
         values[name] = None if values[name] is None else json.loads(values[name])
     for name in _ARRAYS:
         values[name] = None if values[name] is None else np.frombuffer(values[name], "<f4").tolist()
+    values["clipped"] = None if values["clipped"] is None else [byte == 1 for byte in values["clipped"]]
     if values["alternatives"] is not None:
         probabilities = iter(np.frombuffer(row["alternative_probabilities"], "<f4").tolist())
         values["alternatives"] = [[(text, next(probabilities)) for text in step] for step in values["alternatives"]]

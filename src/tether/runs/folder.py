@@ -9,6 +9,9 @@
     alarms.jsonl     alarms that were raised and cleared, if there were any (see `alarms`)
     frontier.json    what the best of n responses of the reference score, where that was drawn
     report.html      what `tether report` made of it all
+    starts.jsonl     the command, the code and the machine of each start (see `starts`)
+    console.log      what the training printed (see `console`)
+    notes.json       what people noted about it, if they did (see `notes`)
     checkpoints/     the newest states (see `checkpoints`)
     lock             says who is writing
 
@@ -32,8 +35,10 @@ from tether.errors import UserError
 from tether.yaml_file import dump_yaml, read_yaml
 
 from . import checkpoints
+from .console import CONSOLE_FILE
 from .episodes import EPISODES_FILE, EpisodeStore
 from .lock import FolderLock
+from .starts import STARTS_FILE
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -44,6 +49,7 @@ UNSCORED_FILE = "unscored.jsonl"
 ALARMS_FILE = "alarms.jsonl"
 FRONTIER_FILE = "frontier.json"
 REPORT_FILE = "report.html"
+NOTES_FILE = "notes.json"
 TENSORBOARD_FOLDER = "tensorboard"
 CHECKPOINTS_FOLDER = "checkpoints"
 MEASURED = ("time/", "memory/")  # prefixes of what differs from one run to the next
@@ -270,7 +276,7 @@ def _clear(folder: Path) -> None:
     for name in (CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER, FILMS_FOLDER):
         shutil.rmtree(folder / name, ignore_errors=True)
     databases = (EPISODES_FILE, f"{EPISODES_FILE}-wal", f"{EPISODES_FILE}-shm")
-    derived = (UNSCORED_FILE, ALARMS_FILE, FRONTIER_FILE, REPORT_FILE)
+    derived = (UNSCORED_FILE, ALARMS_FILE, FRONTIER_FILE, REPORT_FILE, STARTS_FILE, CONSOLE_FILE, NOTES_FILE)
     for name in (CONFIG_FILE, METRICS_FILE, *derived, *databases):
         (folder / name).unlink(missing_ok=True)
 
@@ -304,7 +310,8 @@ def _write_all(descriptor: int, data: bytes) -> None:
 def replace_file(file: Path, data: bytes) -> None:
     """Write a file so that it has the old content or the new, never a part."""
     partial = file.with_name(f".{file.name}.partial")
-    with partial.open("wb") as stream:
+    partial.unlink(missing_ok=True)  # of a writer that was killed; a link there would lead elsewhere
+    with partial.open("xb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())

@@ -1,11 +1,13 @@
 """What people said of pairs of answers: one SQLite file per set, written so that an answer once taken is never lost.
 
 Knows pairs, people and their answers; nothing of models, pages or reward models. `NAME.labels.db` (write-ahead log,
-flushed to the disk at every answer, user_version 1):
+flushed to the disk at every answer, user_version 2):
 
     about      key TEXT PRIMARY KEY, value TEXT       JSON: name, policies, sampling, and a secret for the order
     pairs      id INTEGER PRIMARY KEY                 from 1, in the order in which they are shown
                prompt TEXT                            JSON: text or chat messages
+               text TEXT                              of chat messages, what the first policy read: its chat template
+                                                      applied (NULL: the prompt is text; layout 1 lacks the column)
                a, b TEXT                              the answers of the first and of the second policy
                disagreement REAL                      of the ensemble that chose the pair (NULL: none did)
     answers    pair, annotator                        one row for each that is judged
@@ -34,16 +36,18 @@ from typing import Any, Literal
 from tether.errors import UserError, reason
 
 from .episodes import storable
+from .messages import Turns, chat_turns, prompt_text
 
 LABELS_SUFFIX = ".labels.db"
-LAYOUT = 1
+LAYOUT = 2
+READABLE = (1, LAYOUT)
 ANSWERS = ("a", "b", "tie", "both_bad", "skip")
 Shown = Literal["left", "right", "tie", "both_bad", "skip"]
 
 _SCHEMA = f"""
 CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE pairs (
-  id INTEGER PRIMARY KEY, prompt TEXT NOT NULL, a TEXT NOT NULL, b TEXT NOT NULL, disagreement REAL
+  id INTEGER PRIMARY KEY, prompt TEXT NOT NULL, text TEXT, a TEXT NOT NULL, b TEXT NOT NULL, disagreement REAL
 );
 CREATE TABLE answers (
   pair INTEGER NOT NULL REFERENCES pairs (id), annotator TEXT NOT NULL,
@@ -65,20 +69,26 @@ class NewPair:
         a: what the first policy said.
         b: what the second policy said, or the first once more.
         disagreement: of the ensemble that chose it; None where none did.
+        text: of chat messages, what the first policy read.
     """
 
     prompt: Any
     a: str
     b: str
     disagreement: float | None = None
+    text: str | None = None
 
 
 @dataclass(frozen=True)
 class ShownPair:
-    """A pair as one person sees it: in an order that is theirs, and without names."""
+    """A pair as one person sees it: in an order that is theirs, and without names.
+
+    `prompt` is text, of a chat the one that the first policy read; `messages` are the turns of a chat.
+    """
 
     id: int
     prompt: str
+    messages: Turns | None
     left: str
     right: str
 
@@ -109,14 +119,17 @@ def create_labels(file: Path, about: Mapping[str, Any], pairs: Sequence[NewPair]
     """
     partial = file.with_name(f".{file.name}.partial")
     values = {**about, "secret": secrets.token_hex(16), "created": time.time()}
-    rows = [(_json(pair.prompt), storable(pair.a), storable(pair.b), pair.disagreement) for pair in pairs]
+    rows = [
+        (_json(p.prompt), None if p.text is None else storable(p.text), storable(p.a), storable(p.b), p.disagreement)
+        for p in pairs
+    ]
     with _named(file):
         partial.unlink(missing_ok=True)
         with contextlib.closing(sqlite3.connect(partial, isolation_level=None)) as connection:
             connection.executescript(_SCHEMA)
             connection.execute("BEGIN")
             connection.executemany("INSERT INTO about VALUES (?, ?)", [(k, _json(v)) for k, v in values.items()])
-            connection.executemany("INSERT INTO pairs (prompt, a, b, disagreement) VALUES (?, ?, ?, ?)", rows)
+            connection.executemany("INSERT INTO pairs (prompt, text, a, b, disagreement) VALUES (?, ?, ?, ?, ?)", rows)
             connection.execute("COMMIT")
             connection.execute("PRAGMA journal_mode = WAL")
         for suffix in ("-wal", "-shm"):  # of a file that stood there before
@@ -142,8 +155,11 @@ class LabelSet:
                 self._connection.execute("PRAGMA trusted_schema = OFF")
                 self._connection.execute("PRAGMA synchronous = FULL")  # flushes at every answer
                 found = self._connection.execute("PRAGMA user_version").fetchone()[0]
-                if found != LAYOUT:
-                    raise UserError(f"{file}: layout {found}, expected {LAYOUT}: not a set that `tether label` wrote")
+                if found not in READABLE:
+                    expected = " or ".join(map(str, READABLE))
+                    raise UserError(f"{file}: layout {found}, expected {expected}: not a set that `tether label` wrote")
+                if found == 1:  # shown as the newest
+                    self._connection.execute("CREATE TEMP VIEW pairs AS SELECT *, NULL AS text FROM main.pairs")
                 self.about = {
                     str(key): json.loads(value)
                     for key, value in self._connection.execute("SELECT key, value FROM about")
@@ -173,7 +189,7 @@ class LabelSet:
     def next_pair(self, annotator: str) -> ShownPair | None:
         """The first pair that this person has not judged; None where all are."""
         query = (
-            "SELECT id, prompt, a, b FROM pairs WHERE id NOT IN (SELECT pair FROM answers WHERE annotator = ?) "
+            "SELECT id, prompt, text, a, b FROM pairs WHERE id NOT IN (SELECT pair FROM answers WHERE annotator = ?) "
             "ORDER BY id LIMIT 1"
         )
         rows = self._rows(query, annotator)
@@ -185,7 +201,7 @@ class LabelSet:
         Raises:
             UserError: there is none.
         """
-        rows = self._rows("SELECT id, prompt, a, b FROM pairs WHERE id = ?", id)
+        rows = self._rows("SELECT id, prompt, text, a, b FROM pairs WHERE id = ?", id)
         if not rows:
             raise UserError(f"{self.file.name}: no pair {id}, expected 1 to {self.count()}")
         return self._shown(annotator, *rows[0])
@@ -240,11 +256,12 @@ class LabelSet:
         said = f"{self.about.get('secret')}\n{pair}\n{annotator}"
         return "ab"[hashlib.sha256(said.encode()).digest()[0] & 1]
 
-    def _shown(self, annotator: str, id: int, prompt: str, a: str, b: str) -> ShownPair:
+    def _shown(self, annotator: str, id: int, prompt: str, text: str | None, a: str, b: str) -> ShownPair:
         with _named(self.file):
-            text = prompt_text(json.loads(prompt))
+            asked = json.loads(prompt)
         left, right = (a, b) if self._left(annotator, id) == "a" else (b, a)
-        return ShownPair(id, text, str(left), str(right))
+        shown = prompt_text(asked) if text is None else str(text)
+        return ShownPair(id, shown, chat_turns(asked), str(left), str(right))
 
     def _rows(self, query: str, *parameters: Any) -> list[Any]:
         with _named(self.file):
@@ -266,15 +283,6 @@ def count_answers(answers: Sequence[Answer]) -> dict[str, int]:
     """How often each of `ANSWERS` was given."""
     counts = Counter(answer.answer for answer in answers)
     return {answer: counts[answer] for answer in ANSWERS}
-
-
-def prompt_text(prompt: Any) -> str:
-    """A prompt as people read it: text as it is, messages with who says them."""
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):
-        return "\n\n".join(f"{message.get('role')}: {message.get('content')}" for message in prompt)
-    return _json(prompt)
 
 
 @contextlib.contextmanager

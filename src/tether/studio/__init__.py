@@ -1,6 +1,7 @@
 """The studio: a web page over a folder of runs, and the place where people say which answer is better.
 
-Reads what runs leave behind, while they train too; writes nothing but answers. Knows no model and no training.
+Reads what runs leave behind, while they train too; writes nothing but answers and notes. Knows no model and no
+training.
 """
 
 from .app import create_app

@@ -1,4 +1,4 @@
-"""The server's addresses: pages, runs, episodes, labels, exports; each a few lines around the module that knows how.
+"""The server's addresses: pages, runs, notes, episodes, labels, exports; each a few lines around what knows how.
 
 `docs/studio.md` lists them for users of the interface.
 """
@@ -12,7 +12,7 @@ from fastapi.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from . import episode_routes, export_routes, label_routes, run_routes
+from . import episode_routes, export_routes, label_routes, note_routes, run_routes
 from .replies import add_handlers
 from .runs import Catalogue
 from .security import Address, Guard
@@ -37,7 +37,7 @@ def open_app(root: str | Path) -> FastAPI:
     app = FastAPI(title="Tether studio", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json")
     app.state.catalogue = Catalogue(Path(root).resolve())
     add_handlers(app)
-    for routes in (run_routes, episode_routes, label_routes, export_routes):
+    for routes in (run_routes, note_routes, episode_routes, label_routes, export_routes):
         app.include_router(routes.router)
     for page in PAGES:
         app.add_api_route(page, _index, include_in_schema=False)

@@ -35,6 +35,8 @@ h2 { font-size: 1rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
 th, td { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid rgb(128 128 128 / .3); }
 td.text { text-align: left; font-family: ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+dt { font-size: 13px; font-weight: 600; }
+dd { margin: 0 0 .6rem; }
 .clipped { text-decoration: underline dotted; }
 """
 
@@ -51,7 +53,7 @@ def episode_page(run: str, episode: Mapping[str, Any]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title} · Tether</title>\n<style>{STYLE}{_shades()}</style></head>\n<body><main>\n"
         f"<h1>{title}</h1>\n<p>{_facts(episode)}</p>\n"
-        f"<section><h2>Prompt</h2><pre>{escape(episode['prompt'])}</pre></section>\n"
+        f"<section><h2>Prompt</h2>{_prompt(episode)}</section>\n"
         "<section><h2>Response, coloured by advantage</h2>\n"
         f"<p>Blue was better than the critic expected, orange worse; the strongest is ±{largest:.3g}.</p>\n"
         f"<pre>{_tokens(steps, largest)}</pre></section>\n"
@@ -59,6 +61,17 @@ def episode_page(run: str, episode: Mapping[str, Any]) -> str:
         "<footer>Written by Tether's studio. This file loads nothing and runs no scripts.</footer>\n"
         "</main></body></html>\n"
     )
+
+
+def _prompt(episode: Mapping[str, Any]) -> str:
+    """The turns of a chat, and in a fold what the model read; any other prompt as it is."""
+    raw = f"<pre>{escape(episode['prompt'])}</pre>"
+    if episode["messages"] is None:
+        return raw
+    turns = "".join(
+        f"<dt>{escape(turn['role'])}</dt><dd><pre>{escape(turn['content'])}</pre></dd>" for turn in episode["messages"]
+    )
+    return f"<dl>{turns}</dl><details><summary>Raw text</summary>{raw}</details>"
 
 
 def _facts(episode: Mapping[str, Any]) -> str:
@@ -83,14 +96,21 @@ def _tokens(steps: Mapping[str, Any], largest: float) -> str:
 def _table(steps: Mapping[str, Any]) -> str:
     columns = [name for name in COLUMNS if steps[name] is not None]
     states: Sequence[Any] | None = steps["state"]
-    head = ["step", *(["state"] if states else []), "action", *(COLUMNS[name] for name in columns), "clipped"]
+    head = [
+        "step",
+        *(["state"] if states else []),
+        "action",
+        *(COLUMNS[name] for name in columns),
+        *(["clipped"] if steps["clipped"] else []),
+    ]
     rows = ["<tr>" + "".join(f"<th>{escape(name)}</th>" for name in head) + "</tr>"]
     for step, action in enumerate(steps["action"]):
         texts = [states[step], action] if states else [action]
         cells = [f'<td class="text">{escape(str(text))}</td>' for text in texts]
         cells += [f"<td>{_number(steps[name][step])}</td>" for name in columns]
-        clipped = "yes" if steps["clipped"] and steps["clipped"][step] else ""
-        rows.append(f"<tr><td>{step}</td>{''.join(cells)}<td>{clipped}</td></tr>")
+        if steps["clipped"]:
+            cells.append(f"<td>{'yes' if steps['clipped'][step] else ''}</td>")
+        rows.append(f"<tr><td>{step}</td>{''.join(cells)}</tr>")
     return f"<table>{''.join(rows)}</table>\n"
 
 

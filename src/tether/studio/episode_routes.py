@@ -15,7 +15,6 @@ from .asking import Episodes, Id, Runs, Store
 from .episodes import across_iterations, episode_details, film_of, summary_of
 from .places import relative
 from .replies import Json, reading
-from .runs import config_or_nothing
 
 MOST_ROWS = 200  # of one answer
 
@@ -38,7 +37,7 @@ def episodes(
 @router.get("/episode")
 def episode(folder: Store, catalogue: Runs, id: Id) -> Json:
     """One episode, step by step."""
-    details = episode_details(folder, id, config_or_nothing(folder))
+    details = episode_details(folder, id)
     if details["film"] is not None:
         details["film"] = "/api/film?" + urlencode({"run": relative(catalogue.root, folder), "id": id})
     return Json(details)

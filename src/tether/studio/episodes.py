@@ -1,12 +1,12 @@
-"""An episode as the page shows it: one column per quantity, with the ratio and whether it was clipped worked out.
+"""An episode as the page shows it: one column per quantity, with the KL and the ratio worked out.
 
-Knows the store's episodes and the learner's clip range; nothing of HTTP.
+Knows the store's episodes; nothing of HTTP.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,8 @@ from .replies import NotFoundError, reading
 FILMS = {".gif": "image/gif", ".png": "image/png", ".webp": "image/webp", ".mp4": "video/mp4", ".webm": "video/webm"}
 COLUMNS = (
     *("actions", "action_ids", "states", "log_probs", "new_log_probs", "reference_log_probs", "values", "rewards"),
-    *("advantages", "returns", "entropies", "alternatives"),
+    *("advantages", "returns", "entropies", "clipped", "alternatives"),
 )
-CLIP = 0.2  # the learner's default, for runs whose configuration does not say
 
 
 def summary_of(episode: EpisodeSummary) -> dict[str, Any]:
@@ -47,16 +46,14 @@ def load_episode(folder: Path, id: int) -> StoredEpisode:
         return _checked(read_episode(folder, id))
 
 
-def episode_details(folder: Path, id: int, config: Mapping[str, Any]) -> dict[str, Any]:
+def episode_details(folder: Path, id: int) -> dict[str, Any]:
     """All that the page of an episode shows, but the film's address."""
     episode = load_episode(folder, id)
     with reading(folder / EPISODES_FILE):
         return whole(episode) | {
-            "details": episode.details,
-            "steps": steps_of(episode, *clip_range(config)),
+            "details": {name: value for name, value in episode.details.items() if name != "messages"},
+            "steps": steps_of(episode),
             "siblings": [summary_of(other) for other in siblings(folder, id) if other.id != id],
-            "clip_low": clip_range(config)[0],
-            "clip_high": clip_range(config)[1],
             "previous": id - 1 if id > 1 else None,
             "next": id + 1 if id < count_episodes(folder) else None,
             "film": episode.frames,
@@ -75,29 +72,11 @@ def whole(episode: StoredEpisode) -> dict[str, Any]:
     return {field.name: getattr(episode, field.name) for field in fields(EpisodeSummary)}
 
 
-def clip_range(config: Mapping[str, Any]) -> tuple[float, float]:
-    """ε_low and ε_high of the learner."""
-    learner = config.get("learner")
-    values = [learner.get(name) if isinstance(learner, Mapping) else None for name in ("clip_low", "clip_high")]
-    low, high = (float(value) if isinstance(value, (int, float)) and math.isfinite(value) else CLIP for value in values)
-    return low, high
-
-
-def steps_of(episode: StoredEpisode, clip_low: float, clip_high: float) -> dict[str, Any]:
-    """One list per quantity, one entry per step.
-
-    The ratio is π/π_old when the update saw the step for the last time. It was clipped where the objective had no
-    gradient any more: above 1 + ε_high with an advantage above 0, or below 1 − ε_low with one below 0.
-    """
+def steps_of(episode: StoredEpisode) -> dict[str, Any]:
+    """One list per quantity, one entry per step. The ratio is π/π_old when the update last saw the step."""
     ratios: list[float] | None = None
-    clipped: list[bool] | None = None
     if episode.new_log_probs is not None:
-        pairs = zip(episode.new_log_probs, episode.log_probs, strict=True)
-        ratios = [_exp(new - old) for new, old in pairs]
-        clipped = [
-            (ratio > 1 + clip_high and advantage > 0) or (ratio < 1 - clip_low and advantage < 0)
-            for ratio, advantage in zip(ratios, episode.advantages, strict=True)
-        ]
+        ratios = [_exp(new - old) for new, old in zip(episode.new_log_probs, episode.log_probs, strict=True)]
     return {
         "action": episode.actions,
         "action_id": episode.action_ids,
@@ -112,7 +91,7 @@ def steps_of(episode: StoredEpisode, clip_low: float, clip_high: float) -> dict[
         "return": episode.returns,
         "entropy": episode.entropies,
         "ratio": ratios,
-        "clipped": clipped,
+        "clipped": episode.clipped,
         "alternatives": episode.alternatives,
     }
 
@@ -141,6 +120,8 @@ def _checked(episode: StoredEpisode) -> StoredEpisode:
         column = getattr(episode, name)
         if column is not None and (not isinstance(column, list) or len(column) != steps):
             raise ValueError(f"{name} of episode {episode.id} are not the {steps} of its steps")
+    if not isinstance(episode.details, dict):
+        raise ValueError(f"details of episode {episode.id} are no JSON object")
     if not all(isinstance(text, str) for text in (episode.prompt, episode.response, *episode.actions)):
         raise ValueError(f"prompt, response or an action of episode {episode.id} is no text")
     return episode

@@ -40,4 +40,4 @@ async def changes(catalogue: Catalogue, run: str | None = None) -> AsyncIterator
 
 
 def _look(catalogue: Catalogue) -> Seen:
-    return {s.run: (s.iteration, s.state, s.updated, s.alarms, s.episodes) for s in catalogue.runs()}
+    return {s.run: (s.iteration, s.state, s.updated, s.alarms, s.episodes, s.note, s.tags) for s in catalogue.runs()}

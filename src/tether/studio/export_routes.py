@@ -1,4 +1,4 @@
-"""Addresses of what can be taken along: tables as CSV, an episode as a page of its own, preferences."""
+"""Addresses of what can be taken along: tables as CSV, an episode as a page, preferences, a run's console."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Query
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import FileResponse, Response, StreamingResponse
 
+from tether.runs.console import CONSOLE_FILE
 from tether.runs.labels import LabelSet, count_answers
 
 from .asking import Episodes, Folder, Id, Runs, Store
@@ -17,7 +18,8 @@ from .episode_page import episode_page
 from .episodes import episode_details
 from .exports import episodes_table, file_name, metrics_table, runs_table, steps_table
 from .places import label_file, relative
-from .runs import Catalogue, config_or_nothing
+from .replies import NotFoundError
+from .runs import Catalogue
 
 router = APIRouter(prefix="/api/export")
 
@@ -34,6 +36,16 @@ def metrics(folder: Folder, catalogue: Runs) -> Response:
     return _csv(metrics_table(catalogue.log(folder).rows()), _name(catalogue, folder), "metrics")
 
 
+@router.get("/console.log")
+def console(folder: Folder, catalogue: Runs) -> FileResponse:
+    """All that the run printed."""
+    file = folder / CONSOLE_FILE
+    if not file.is_file():
+        raise NotFoundError(f"{CONSOLE_FILE}: this run has kept nothing of what it printed")
+    name = file_name(_name(catalogue, folder), "console") + ".log"
+    return FileResponse(file, media_type="text/plain; charset=utf-8", headers=_attachment(name))
+
+
 @router.get("/episodes.csv")
 def episodes(folder: Store, catalogue: Runs, wanted: Episodes) -> Response:
     """All episodes that pass the filters."""
@@ -43,7 +55,7 @@ def episodes(folder: Store, catalogue: Runs, wanted: Episodes) -> Response:
 @router.get("/steps.csv")
 def steps(folder: Store, catalogue: Runs, id: Id) -> Response:
     """One episode, a line per step."""
-    details = episode_details(folder, id, config_or_nothing(folder))
+    details = episode_details(folder, id)
     return _csv(steps_table(details["steps"]), _name(catalogue, folder), "episode", str(id))
 
 
@@ -51,7 +63,7 @@ def steps(folder: Store, catalogue: Runs, id: Id) -> Response:
 def page(folder: Store, catalogue: Runs, id: Id) -> Response:
     """One episode as a file that needs nothing else."""
     name = _name(catalogue, folder)
-    document = episode_page(name, episode_details(folder, id, config_or_nothing(folder)))
+    document = episode_page(name, episode_details(folder, id))
     headers = _attachment(file_name(name, "episode", str(id)) + ".html")
     return Response(document.encode("utf-8", "backslashreplace"), media_type="text/html", headers=headers)
 

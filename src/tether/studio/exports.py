@@ -66,7 +66,7 @@ def episodes_table(folder: Path, wanted: Wanted) -> Iterator[bytes]:
 
     The first page is read before anything is sent, so that a store that cannot be read is told as one.
     """
-    columns = [field.name for field in fields(EpisodeSummary)]
+    columns = [field.name for field in fields(EpisodeSummary) if field.name != "messages"]  # the prompt has them
     pages = _pages(folder, wanted)
     return csv_lines(columns, _cells(columns, folder, itertools.chain([next(pages)], pages)))
 

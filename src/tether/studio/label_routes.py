@@ -1,4 +1,4 @@
-"""Addresses of labelling: sets, the next pair, answers, undo, agreement. The only ones that write."""
+"""Addresses of labelling: sets, the next pair, answers, undo, agreement. Of all addresses these and notes write."""
 
 from __future__ import annotations
 

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
+from tether.runs.console import CONSOLE_FILE
 from tether.runs.episodes import EPISODES_FILE
-from tether.runs.folder import ALARMS_FILE, CONFIG_FILE, METRICS_FILE
+from tether.runs.folder import ALARMS_FILE, CONFIG_FILE, METRICS_FILE, NOTES_FILE
 from tether.runs.labels import LABELS_SUFFIX
+from tether.runs.starts import STARTS_FILE
 
 from .replies import ForbiddenError, NotFoundError
 
-READ = (CONFIG_FILE, METRICS_FILE, ALARMS_FILE, EPISODES_FILE, f"{EPISODES_FILE}-wal", f"{EPISODES_FILE}-shm", "lock")
+READ = (
+    *(CONFIG_FILE, METRICS_FILE, ALARMS_FILE, NOTES_FILE, STARTS_FILE, CONSOLE_FILE),
+    *(EPISODES_FILE, f"{EPISODES_FILE}-wal", f"{EPISODES_FILE}-shm", "lock"),
+)
 
 
 def inside(root: Path, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Addresses of runs: the table, one run, its metrics, the difference to another, and what changes meanwhile."""
+"""Addresses of runs: the table, one run, its metrics, its console, the difference to another, and what changes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query
 from fastapi.responses import StreamingResponse
 
 from .asking import MOST, Folder, RunName, Runs
+from .console import console_end, starts_of
 from .events import changes
 from .places import run_folder
 from .replies import Json, reading
@@ -49,6 +50,13 @@ def differing(folder: Folder, catalogue: Runs, other: Annotated[str, Query(alias
     """Fields of the configurations of two runs that differ."""
     second = run_folder(catalogue.root, other)
     return Json({"fields": difference(config_of(folder), config_of(second))})
+
+
+@router.get("/console")
+def console(folder: Folder) -> Json:
+    """How the run was started each time, and the end of what it printed."""
+    text, before = console_end(folder)
+    return Json({"starts": starts_of(folder), "text": text, "before": before})
 
 
 @router.get("/events")

@@ -20,9 +20,17 @@ from typing import Any
 from tether.errors import UserError
 from tether.runs.checkpoints import list_checkpoints
 from tether.runs.episodes import EPISODES_FILE
-from tether.runs.folder import ALARMS_FILE, CHECKPOINTS_FOLDER, CONFIG_FILE, METRICS_FILE, TENSORBOARD_FOLDER
+from tether.runs.folder import (
+    ALARMS_FILE,
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    METRICS_FILE,
+    NOTES_FILE,
+    TENSORBOARD_FOLDER,
+)
 from tether.runs.labels import LABELS_SUFFIX
 from tether.runs.lock import is_held
+from tether.runs.notes import Notes, read_notes
 from tether.yaml_file import read_yaml
 
 from .metrics import MetricsLog, Row
@@ -60,6 +68,8 @@ class RunSummary:
     updated: float
     spark: list[float]
     fault: str | None
+    note: str
+    tags: list[str]
 
 
 class Catalogue:
@@ -97,7 +107,7 @@ class Catalogue:
 
     def _summary(self, folder: Path) -> RunSummary:
         held = is_held(folder)
-        stamps = [_stamp(folder / name) for name in (CONFIG_FILE, METRICS_FILE, ALARMS_FILE)]
+        stamps = [_stamp(folder / name) for name in (CONFIG_FILE, METRICS_FILE, ALARMS_FILE, NOTES_FILE)]
         sign = (held, (folder / EPISODES_FILE).is_file(), *stamps)
         kept = self._kept.get(folder)
         if kept is None or kept[0] != sign:
@@ -111,9 +121,10 @@ class Catalogue:
             return _damaged(name, f"{stray}: a link that leads out of the runs folder", folder)
         if "\ufffd" in name:
             return _damaged(name, "its name is not UTF-8: rename the folder", folder)
-        fault, config = None, {}
+        fault, config, notes = None, {}, Notes()
         try:
             config = config_of(folder)
+            notes = read_notes(folder)
         except UserError as error:
             fault = str(error).replace(f"{folder}/", "")
         log = self.log(folder)
@@ -137,6 +148,8 @@ class Catalogue:
             updated=_updated(folder),
             spark=spark([row.get("score", row.get("loss")) for row in rows]),
             fault=fault,
+            note=notes.note,
+            tags=list(notes.tags),
         )
 
 
@@ -323,6 +336,8 @@ def _damaged(name: str, fault: str, folder: Path) -> RunSummary:
         updated=_updated(folder),
         spark=[],
         fault=fault,
+        note="",
+        tags=[],
         **nothing,
     )
 

@@ -51,7 +51,17 @@ class Address:
     @property
     def url(self) -> str:
         """As a browser on this machine reaches it."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return self._url({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host))
+
+    @property
+    def url_elsewhere(self) -> str | None:
+        """As a browser on another machine reaches it, where that is another address; None where it is not."""
+        listening = _address(self.host)
+        if listening is None or not listening.is_unspecified:
+            return None
+        return self._url(own_address(ipv6=listening.version == 6))
+
+    def _url(self, host: str) -> str:
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
@@ -59,6 +69,27 @@ def is_loopback(host: str) -> bool:
     """Whether only this machine can reach it."""
     address = _address(host)
     return host == "localhost" if address is None else address.is_loopback
+
+
+def own_address(ipv6: bool) -> str:
+    """An address of this machine that others can reach; its name where none is found. Sends nothing.
+
+    A UDP socket that is connected says from which address packets would leave; the addresses that it is connected to
+    are reserved for documentation (RFC 5737, RFC 3849).
+    """
+    routes = [(socket.AF_INET, "192.0.2.1")]
+    if ipv6:
+        routes.insert(0, (socket.AF_INET6, "2001:db8::1"))
+    for family, elsewhere in routes:
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect((elsewhere, 9))
+                found = ipaddress.ip_address(probe.getsockname()[0])
+        except OSError:  # no route
+            continue
+        if not (found.is_loopback or found.is_unspecified or found.is_link_local):
+            return str(found)
+    return socket.gethostname()
 
 
 def accepts(address: Address, header: str) -> bool:

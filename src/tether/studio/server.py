@@ -73,10 +73,11 @@ def serve(config: StudioConfig, path: str = "/") -> None:
                 timeout_graceful_shutdown=1,  # open pages hold a stream of events that never ends
             )
         )
-        url = address.url + path
-        if token is not None:
-            url += ("&" if "?" in path else "?") + f"token={token}"
+        query = "" if token is None else ("&" if "?" in path else "?") + f"token={token}"
+        url = f"{address.url}{path}{query}"
         print(f"the studio of {root}: {url}", flush=True)
+        if (elsewhere := address.url_elsewhere) is not None:
+            print(f"from another machine: {elsewhere}{path}{query}", flush=True)
         print("Ctrl-C ends it", flush=True)
         if config.browser:
             threading.Thread(target=_open_browser, args=(url,), daemon=True).start()
@@ -95,6 +96,8 @@ def _listening(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if host == "::":  # every address, those of IPv4 too
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         listener.bind(place)
         listener.listen()  # who comes before the server is ready waits for it
     except OSError as error:

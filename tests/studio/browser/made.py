@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tests.models import make_model, make_tokenizer
 
 from tether.cli import main
+from tether.config import config_to_dict
 from tether.episode import Episode
 from tether.language.sampler import SamplingConfig
 from tether.language.world import CollectConfig
@@ -84,6 +86,34 @@ def make_hostile_run(folder: Path) -> None:
             run.log_episodes(iteration, [hostile_episode()])
 
 
+def make_chat_run(folder: Path) -> None:
+    """A conversation of two turns, one of them hostile, before each response."""
+    turns = [{"role": "system", "content": MARKUP + BIDI}, {"role": "user", "content": "Why?"}]
+    episode = replace(hostile_episode(), prompt=f"[S]{MARKUP}[U]Why?[A]", details={"group": 0, "messages": turns})
+    with Run.create(folder, {"model": "a/model", "iterations": 2}, tensorboard=False) as run:
+        for iteration in (1, 2):
+            run.log(iteration, {"score": 0.5 * iteration})
+            run.log_episodes(iteration, [episode])
+    pair = NewPair(turns, "an answer", "another one", text=episode.prompt)
+    create_labels(folder / "chat.labels.db", {"name": "chat"}, [pair])
+
+
+def make_seeds(folder: Path) -> None:
+    """Two seeds of one setting, one of them shorter and slower; another setting; and a run that counted no episodes."""
+    config = config_to_dict(PPOConfig(model="a/model", iterations=4))
+    for name, seed, rate, length, level in (
+        *(("sums-seed1", 1, 1e-4, 4, 1.0), ("sums-seed2", 2, 1e-4, 3, 3.0)),
+        *(("fast-seed1", 1, 3e-4, 4, 5.0), ("old", 3, 1e-4, 4, 7.0)),
+    ):
+        learner = config["learner"] | {"learning_rate": rate}
+        own = config | {"seed": seed, "output": name, "learner": learner, "device": f"cuda:{seed}"}
+        with Run.create(folder / name, own, tensorboard=False) as run:
+            for iteration in range(1, length + 1):
+                counts = {} if name == "old" else {"episodes": 8.0}
+                row = {"score": level + iteration, "tokens": 100.0 * seed, "time/iteration": 30.0 * seed}
+                run.log(iteration, row | counts)
+
+
 def make_labels(file: Path, pairs: int = 6) -> None:
     """Pairs whose answers can be told apart: the second policy's is the longer one."""
     made = [NewPair(f"prompt {n}", f"short answer {n}", f"a much longer answer {n}") for n in range(1, pairs + 1)]
@@ -96,4 +126,6 @@ def make_all(root: Path) -> None:
     make_language_run(root / "sweep" / "faster", iterations=3, learning_rate=6e-3)
     make_control_run(root / "cartpole")
     make_hostile_run(root / "evil <b onmouseover=alert(1)>")
+    make_chat_run(root / "chat")
+    make_seeds(root / "seeds")
     make_labels(root / "pairs.labels.db")

@@ -19,7 +19,9 @@ PAGES = [
     "/run?run=ppo&tab=difference",
     "/run?run=ppo&tab=alarms",
     "/run?run=ppo&tab=checkpoints",
-    "/run?run=cartpole",
+    "/run?run=ppo&tab=console",
+    "/run?run=cartpole&x=time",
+    "/compare?run=seeds/sums-seed1&run=seeds/sums-seed2&run=seeds/old&seeds=mean&x=episodes",
     "/compare?run=ppo&run=sweep/faster",
     "/episodes?run=ppo",
     "/episodes?run=ppo&same=1",
@@ -27,6 +29,8 @@ PAGES = [
     "/episode?run=cartpole&id=3",
     "/labels",
     "/label?set=pairs.labels.db",
+    "/episode?run=chat&id=1",
+    "/label?set=chat/chat.labels.db",
     "/label?set=pairs.labels.db&rename=1",
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from urllib.parse import quote
 
@@ -40,6 +41,25 @@ def test_hostile_text_is_text_on_every_page(studio: Studio) -> None:
         assert "onerror" in page.locator("#main").inner_text() or "onmouseover" in page.locator("#main").inner_text()
         assert page.locator("#main img, #main script, #main b[onmouseover]").count() == 0
     studio.faults[:] = [fault for fault in studio.faults if "404" not in fault]  # of the run that is not there
+
+
+def test_chat_prompts_are_turns_everywhere_and_their_raw_text_is_a_click_away(studio: Studio) -> None:
+    """Roles and contents are text: `studio` checks that no markup in them ran."""
+    page = studio.open("/episodes?run=chat")
+    expect(page.locator(".prompt.line").first).to_have_text(re.compile(r"^user\s*Why\? after 1 more$"))
+    page.evaluate("localStorage.setItem('tether-annotator', 'Ada')")
+    for path in ("/episode?run=chat&id=1", "/episodes?run=chat&same=1", "/label?set=chat/chat.labels.db"):
+        visit(page, path)
+        turns = page.locator(".conversation .turn")
+        assert turns.locator(".role").all_inner_texts() == ["system", "user"]
+        assert turns.first.locator(".text").inner_text().startswith(MARKUP)
+        assert "U+202E" in turns.first.inner_text()
+        assert turns.last.locator(".text").inner_text() == "Why?"
+        expect(page.get_by_text("[U]Why?[A]")).to_be_hidden()
+        page.get_by_role("button", name="Raw text").click()
+        expect(page.get_by_text("[U]Why?[A]").first).to_be_visible()
+        expect(turns.first).to_be_hidden()
+        assert page.locator("#main img, #main script").count() == 0
 
 
 def test_a_megabyte_comes_in_pieces(studio: Studio) -> None:

@@ -3,6 +3,7 @@
 
 import uPlot from "./vendor/uplot/uPlot.esm.js";
 import { h, button } from "./dom.js";
+import { placeOnAxis } from "./axes.js";
 import { axisNumbers, number } from "./format.js";
 import { saveChartPng, saveChartSvg } from "./image.js";
 
@@ -19,7 +20,8 @@ function faint(name, share) {
 
 /** Charts whose cursors and zoom move together. */
 export class ChartGroup {
-  constructor(signal, { axis = "iteration" } = {}) {
+  /** `axis`: {name, label, whole} of what the horizontal axis counts; `whole` numbers alone are labelled. */
+  constructor(signal, axis = { name: "iteration", label: "iteration", whole: true }) {
     this.axis = axis;
     this.charts = new Set();
     this.range = null;
@@ -61,7 +63,8 @@ export class ChartGroup {
 }
 
 /**
- * One chart. `spec`: {title, unit, series, stacked, levels: [{value, label}], marks: () => [x], height, onPoint}.
+ * One chart. `spec`: {title, unit, series, stacked, levels: [{value, label}], marks: () => [x], height, onPoint, apart}.
+ * `apart`: its lines have points of their own, and where one has none the one before is read.
  * A series: {label, colour, dashed}; its data, given to `update`: {values, low, high}.
  */
 class Chart {
@@ -107,8 +110,9 @@ class Chart {
         values = below;
       }
       const smooth = this.group.smoothing && !this.spec.stacked;
-      rows.push(smooth ? values : values.map(() => null), smooth ? smoothed(values, this.group.smoothing) : values);
-      rows.push(column.low ?? values.map(() => null), column.high ?? values.map(() => null));
+      const line = (list) => (smooth ? smoothed(list, this.group.smoothing) : list);
+      rows.push(smooth ? values : values.map(() => null), line(values));
+      rows.push(column.low ? line(column.low) : values.map(() => null), column.high ? line(column.high) : values.map(() => null));
     }
     return rows;
   }
@@ -165,7 +169,7 @@ class Chart {
       scales: { x: { time: false, range: (u, min, max) => (min === max ? [min - 0.5, max + 0.5] : [min, max]) }, y: { range: yRange(this.spec) } },
       series,
       bands,
-      axes: [this.axis({ size: 26, space: 56, values: (u, all) => all.map((v) => (Number.isInteger(v) ? String(v) : "")) }), this.axis({
+      axes: [this.axis({ size: 26, space: 56, values: (u, all) => axisNumbers(all.map((v) => (this.group.axis.whole && !Number.isInteger(v) ? null : v))) }), this.axis({
         size: (u, all) => 14 + 6.4 * Math.max(1, ...(all ?? []).map((text) => text?.length ?? 0)),
         space: 32,
         values: (u, all) => axisNumbers(all),
@@ -243,11 +247,11 @@ class Chart {
   read(index) {
     const { x, columns } = this.data;
     columns.forEach((column, i) => {
-      const value = index === null || index === undefined ? last(column.values) : column.values[index];
+      const value = index === null || index === undefined ? last(column.values) : this.spec.apart ? last(column.values.slice(0, index + 1)) : column.values[index];
       this.values[i].textContent = number(value);
     });
     const pointed = index !== null && index !== undefined && x[index] !== undefined;
-    this.where.textContent = pointed ? `${this.group.axis} ${x[index]}` : "";
+    this.where.textContent = pointed ? placeOnAxis(this.group.axis, x[index]) : "";
   }
 
   /** Put the cursor at an index from outside: `onPoint` is not told. */
@@ -270,7 +274,9 @@ class Chart {
     const steps = { ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10, Home: -Infinity, End: Infinity };
     if (!(event.key in steps) || !this.plot || event.altKey || event.ctrlKey || event.metaKey) return;
     const end = this.data.x.length - 1;
-    const index = Math.min(end, Math.max(0, (this.plot.cursor.idx ?? end) + steps[event.key]));
+    const here = this.plot.cursor.idx ?? end;
+    let index = Math.min(end, Math.max(0, here + steps[event.key]));
+    while (index > 0 && index < end && this.data.x[index] === this.data.x[here]) index += Math.sign(steps[event.key]);
     this.plot.setCursor({ left: this.plot.valToPos(this.data.x[index], "x"), top: 10 }, true, true);
     event.preventDefault();
     event.stopPropagation();
@@ -278,7 +284,7 @@ class Chart {
 
   describe() {
     const parts = this.spec.series.map((series, i) => `${series.label} ${number(last(this.data.columns[i]?.values ?? []))}`);
-    this.place.setAttribute("aria-label", `${this.spec.title} by ${this.group.axis}; at the end ${parts.join(", ")}`);
+    this.place.setAttribute("aria-label", `${this.spec.title} by ${this.group.axis.label}; at the end ${parts.join(", ")}`);
   }
 
   destroy() {

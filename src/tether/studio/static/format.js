@@ -12,17 +12,35 @@ export function number(value, digits = 3) {
   if (value === 0) text = "0";
   else if (size >= 1e6 || size < 1e-4) text = value.toExponential(digits - 1).replace("e+", "e");
   else if (size >= 10 ** (digits - 1) || (size >= 10 && Number.isInteger(value))) text = Math.round(value).toLocaleString("en");
-  else text = value.toFixed(Math.min(4, Math.max(0, digits - 1 - Math.floor(Math.log10(size)))));
+  else text = value.toFixed(Math.max(0, digits - 1 - Math.floor(Math.log10(size))));
   return text.replace(/^-(?=[0.]*$)/, "").replaceAll("-", MINUS);
 }
 
-/** The numbers of an axis, all with the decimals that its step needs. */
+/**
+ * Labels of an axis' ticks: each is the tick's true value, all with as many decimals as the finest of them needs. Very
+ * large and very small numbers get an exponent where that is shorter.
+ */
 export function axisNumbers(values) {
-  const step = values.length > 1 ? Math.abs(values[1] - values[0]) : Math.abs(values[0] ?? 1);
-  const largest = Math.max(...values.map(Math.abs));
-  if (largest >= 1e6 || (largest && largest < 1e-4)) return values.map((value) => number(value, 2));
-  const decimals = Math.max(0, Math.min(6, Math.ceil(-Math.log10(step || 1) - 1e-9) + (/[1-9]5$/.test(String(Number(step.toPrecision(6)))) ? 1 : 0)));
-  return values.map((value) => (value === null ? "" : value.toLocaleString("en", { minimumFractionDigits: decimals, maximumFractionDigits: decimals }).replace("-", MINUS)));
+  const known = values.filter((value) => value !== null);
+  const largest = Math.max(0, ...known.map(Math.abs));
+  const step = Math.min(largest, ...known.slice(1).map((value, i) => Math.abs(value - known[i])));
+  const exact = (write) => {
+    for (let digits = 0; digits < 15; digits += 1) {
+      const texts = known.map((value) => write(value, digits));
+      if (texts.every((text, i) => Math.abs(Number(text) - known[i]) <= step * 1e-6)) return { texts, digits };
+    }
+    return { texts: known.map(String), digits: 15 };
+  };
+  const plain = exact((value, digits) => value.toFixed(digits));
+  const grouped = known.map((value) => value.toLocaleString("en", { minimumFractionDigits: plain.digits, maximumFractionDigits: plain.digits }));
+  let texts = grouped;
+  if (largest >= 1e6 || (largest && largest < 1e-3)) {
+    const powers = exact((value, digits) => (value === 0 ? "0" : value.toExponential(digits))).texts.map((text) => text.replace("e+", "e"));
+    const longest = (list) => Math.max(...list.map((text) => text.length));
+    if (longest(powers) < longest(grouped)) texts = powers;
+  }
+  const next = texts.map((text) => text.replace(/^-(?=[0.]*$)/, "").replaceAll("-", MINUS)).values();
+  return values.map((value) => (value === null ? "" : next.next().value));
 }
 
 /** A KL: below a thousandth it is rounding, not distance. */
@@ -53,7 +71,8 @@ export function percent(value) {
   if (value === null || value === undefined) return "–";
   const share = value * 100;
   if (share > 0 && share < 0.05) return "< 0.1 %";
-  return `${share >= 99.95 || share === 0 ? Math.round(share) : share.toFixed(1)} %`;
+  if (share < 100 && share >= 99.95) return "> 99.9 %";
+  return `${share >= 100 || share === 0 ? Math.round(share) : share.toFixed(1)} %`;
 }
 
 export function bytes(value) {
@@ -64,7 +83,7 @@ export function bytes(value) {
     value /= 1000;
     step += 1;
   }
-  return `${step ? value.toPrecision(3) : value} ${units[step]}`;
+  return `${step ? number(value) : value} ${units[step]}`;
 }
 
 /** How long ago, from unix seconds. */

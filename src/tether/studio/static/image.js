@@ -1,7 +1,7 @@
 // A chart as a file: PNG from its canvas, SVG drawn from its numbers. Both carry title and legend.
 
 import { s, download } from "./dom.js";
-import { axisNumbers, number } from "./format.js";
+import { axisNumbers } from "./format.js";
 
 const value = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 const fileName = (chart, kind) => `${chart.spec.title.replace(/[^\p{L}\p{N}]+/gu, "-")}.${kind}`;
@@ -18,7 +18,7 @@ export function saveChartPng(chart) {
   ctx.fillRect(0, 0, canvas.width, canvas.height);
   ctx.fillStyle = value("text");
   ctx.font = `600 ${14 * scale}px Inter, system-ui, sans-serif`;
-  ctx.fillText(`${chart.spec.title}  by ${chart.group.axis}`, 12 * scale, 21 * scale);
+  ctx.fillText(`${chart.spec.title}  by ${chart.group.axis.label}`, 12 * scale, 21 * scale);
   ctx.font = `${11 * scale}px Inter, system-ui, sans-serif`;
   let left = 12 * scale;
   for (const series of chart.spec.series) {
@@ -49,14 +49,15 @@ export function chartSvg(chart) {
   const svg = s("svg", { xmlns: "http://www.w3.org/2000/svg", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, width: WIDTH, height: HEIGHT, "font-family": "Inter, system-ui, sans-serif" },
     s("rect", { width: WIDTH, height: HEIGHT, fill: value("panel") }),
     text(16, 24, chart.spec.title, { fill: value("text"), "font-size": 15, "font-weight": 600 }),
-    text((WIDTH + EDGE.left) / 2, HEIGHT - 4, chart.group.axis, { "text-anchor": "middle" }));
+    text((WIDTH + EDGE.left) / 2, HEIGHT - 4, chart.group.axis.label, { "text-anchor": "middle" }));
   const levels = ticks(scales.y.min, scales.y.max, 5);
   const names = axisNumbers(levels);
   for (const [i, y] of levels.entries()) {
     svg.append(s("path", { d: `M${EDGE.left} ${up(y).toFixed(1)}H${WIDTH - EDGE.right}`, stroke: value("line") }));
     svg.append(text(EDGE.left - 8, up(y) + 4, names[i], { "text-anchor": "end" }));
   }
-  for (const at of ticks(scales.x.min, scales.x.max, 8)) svg.append(text(across(at), HEIGHT - EDGE.bottom + 16, number(at, 6), { "text-anchor": "middle" }));
+  const places = ticks(scales.x.min, scales.x.max, 8);
+  for (const [i, name] of axisNumbers(places).entries()) svg.append(text(across(places[i]), HEIGHT - EDGE.bottom + 16, name, { "text-anchor": "middle" }));
   let left = 16;
   chart.spec.series.forEach((series, i) => {
     const [raw, line, low, high] = table.slice(1 + 4 * i, 5 + 4 * i);

@@ -43,7 +43,7 @@ export function progress(done, total) {
 
 const TABS = [
   ["charts", "Charts"], ["episodes", "Episodes"], ["configuration", "Configuration"], ["difference", "Difference"],
-  ["alarms", "Alarms"], ["checkpoints", "Checkpoints"],
+  ["alarms", "Alarms"], ["checkpoints", "Checkpoints"], ["console", "Console"],
 ];
 
 /** The top of every page about one run. `active` is the tab that is shown. */

@@ -8,6 +8,7 @@ import { QUANTITIES, makeScale, legendLabels, rampKind } from "../colours.js";
 import { runHeader } from "../parts.js";
 import { nats, signed, count, plural, setting, flatten } from "../format.js";
 import { longText } from "../text.js";
+import { promptView } from "../turns.js";
 import { TokenStrip, stillTokens } from "../tokens.js";
 import { Inspector } from "./inspector.js";
 import { go, rename } from "../router.js";
@@ -19,7 +20,7 @@ export async function show(page) {
   document.title = `Episode ${episode.id} of ${run.name} · Tether studio`;
   const control = run.kind === "control";
   const inspector = new Inspector(episode, (step) => strip.select(step));
-  const group = new ChartGroup(page.signal, { axis: "step" });
+  const group = new ChartGroup(page.signal, { name: "step", label: "step", whole: true });
   const strip = new TokenStrip(episode.steps, {
     label: control ? "Actions" : "Response, token by token", chips: control, step: Number(page.query.get("step") ?? 0),
     onLook: (step) => {
@@ -37,7 +38,7 @@ export async function show(page) {
   fill(page.main, runHeader(run, "episodes"), heading(page, run, episode),
     h("div", { class: "trajectory" },
       h("div", { class: "left" },
-        h("section", { class: "panel" }, h("h2", { class: "small" }, control ? "First observation" : "Prompt"), longText(episode.prompt, { class: "prompt-block" })),
+        h("section", { class: "panel" }, h("h2", { class: "small" }, control ? "First observation" : "Prompt"), promptView(episode.prompt, episode.messages)),
         h("section", { class: "panel" }, h("div", { class: "section-head" }, h("h2", { class: "small" }, control ? "Actions" : "Response"), colouring.picker), colouring.legend, strip.element,
           control ? h("p", { class: "hint" }, episode.response) : null),
         h("section", { class: "panel" }, chart.element)),

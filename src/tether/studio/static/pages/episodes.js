@@ -5,6 +5,7 @@ import { get, address, exportAddress, onChange } from "../api.js";
 import { runHeader } from "../parts.js";
 import { nats, signed, count, plural } from "../format.js";
 import { snippet } from "../text.js";
+import { promptLine } from "../turns.js";
 import { rename } from "../router.js";
 import { keys } from "../keys.js";
 import { step } from "./runs.js";
@@ -134,7 +135,7 @@ function row(episode, run, most) {
   return h("tr", { role: "row", dataset: { id: episode.id } },
     cell("Score", { class: "number" }, bar), cell("KL", { class: "number" }, nats(episode.kl)), cell("Length", { class: "number" }, count(episode.length)),
     cell("Iteration", { class: "number" }, count(episode.iteration)),
-    cell("", { class: "texts" }, h("div", { class: "prompt line" }, snippet(episode.prompt)),
+    cell("", { class: "texts" }, h("div", { class: "prompt line" }, promptLine(episode.prompt, episode.messages)),
       h("a", { class: "open line", href: address("/episode", { run: run.run, id: episode.id }) }, h("bdi", {}, snippet(episode.response, 220)))),
     cell("Ended", { class: "ended" }, episode.truncated ? h("span", { class: "tag warn" }, "cut off") : h("span", { class: "faint" }, episode.terminated ? "by itself" : "–")),
     cell("", { class: "same" }, h("a", { class: "quiet", href: address("/episodes", { run: run.run, same: episode.id }), "aria-label": `Episode ${episode.id}: the same prompt across iterations` }, "same prompt")));

@@ -4,6 +4,7 @@ import { h, fill, button, announce } from "../dom.js";
 import { address, get, post } from "../api.js";
 import { progress } from "../parts.js";
 import { longText } from "../text.js";
+import { promptView } from "../turns.js";
 import { go } from "../router.js";
 import { keys } from "../keys.js";
 import { agreementView } from "./labels.js";
@@ -119,7 +120,7 @@ async function label(page, set, annotator) {
 
 function pairView(pair) {
   const side = (name, label) => h("section", { class: `panel side ${name}`, "aria-label": label }, h("h2", { class: "small" }, label), longText(pair[name], { class: "answer-text" }));
-  return [h("section", { class: "panel", "aria-label": "Prompt" }, h("h2", { class: "small" }, "Prompt"), longText(pair.prompt, { class: "prompt-block" })),
+  return [h("section", { class: "panel", "aria-label": "Prompt" }, h("h2", { class: "small" }, "Prompt"), promptView(pair.prompt, pair.messages)),
     h("div", { class: "sides" }, side("left", "Left"), side("right", "Right"))];
 }
 

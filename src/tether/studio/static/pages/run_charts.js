@@ -2,22 +2,37 @@
 
 import { h, fill, button } from "../dom.js";
 import { get, exportAddress } from "../api.js";
+import { axesOf, axisSelect, chosenAxis, smoothingOf, smoothingSelect } from "../axes.js";
 import { ChartGroup } from "../charts.js";
 import { CHARTS, isPhase, tile, raisedAlarms } from "../parts.js";
-import { number, count, plural } from "../format.js";
+import { number, plural } from "../format.js";
 import { rename } from "../router.js";
 
 const PHASE_COLOURS = ["c1", "c2", "c3", "c4", "c5", "c6", "c7", "c8"];
 
 export async function showCharts(page, run, body) {
-  const state = { run, rows: [], more: (page.query.get("more") ?? "").split(",").filter(Boolean), group: new ChartGroup(page.signal), charts: [] };
+  const state = { run, rows: [], more: (page.query.get("more") ?? "").split(",").filter(Boolean), group: new ChartGroup(page.signal), charts: [], by: page.query.get("x") ?? "iteration" };
   const tiles = h("dl", { class: "tiles" });
   const grid = h("div", { class: "charts" });
   const picker = h("div", {});
+  const bar = h("div", { class: "toolbar" });
+  const fault = h("p", { class: "notice", role: "status", hidden: true });
+  state.group.smooth(Number(smoothingOf(page.query.get("smooth"))));
   await fetchRows(page, state, 0);
-  fill(body, alarmBanner(run), tiles, toolbar(run, state), grid, picker);
+  const drawBar = () => {
+    if (!bar.contains(document.activeElement)) fill(bar, toolbar(run, state, redraw));
+    fault.textContent = state.fault;
+    fault.hidden = !state.fault;
+  };
+  const redraw = () => {
+    build(state, grid);
+    fault.textContent = state.fault;
+    fault.hidden = !state.fault;
+  };
+  fill(body, alarmBanner(run), tiles, bar, fault, grid, picker);
   if (!state.rows.length) fill(grid, h("p", { class: "nothing" }, "No iteration yet. The charts appear with the first one."));
   build(state, grid);
+  drawBar();
   drawPicker(state, picker, grid);
   drawTiles(state, tiles);
   return async (changed) => {
@@ -27,6 +42,7 @@ export async function showCharts(page, run, body) {
     if (!before && state.rows.length) fill(grid);
     if (names(state).some((name) => !state.known.has(name))) drawPicker(state, picker, grid);
     build(state, grid);
+    drawBar();
     drawTiles(state, tiles);
   };
 }
@@ -73,12 +89,17 @@ function build(state, grid) {
       metrics: spec.series,
       series: spec.series.map(([, label], i) => ({ label, colour: PHASE_COLOURS[i % 8], dashed: label === "k1" || label === "longest" })),
       levels: levels(state.run, spec.alarm),
-      marks: () => (state.run.alarms ?? []).filter((alarm) => alarm.kind === spec.alarm && alarm.state === "raised").map((alarm) => alarm.iteration),
+      marks: () => (state.run.alarms ?? []).filter((alarm) => alarm.kind === spec.alarm && alarm.state === "raised").map((alarm) => state.x[state.rows.findIndex((row) => row.iteration === alarm.iteration)]).filter(Number.isFinite),
     });
     state.charts.push(chart);
     grid.append(chart.element);
   }
-  const x = state.rows.map((row) => row.iteration);
+  state.axes = axesOf([{ ...state.run, rows: state.rows }]);
+  const { axis, fault } = chosenAxis(state.axes, state.by);
+  const x = axis.values[0];
+  if (state.group.axis.label !== axis.label) state.group.zoom(null);
+  Object.assign(state, { fault, x });
+  state.group.axis = axis;
   const column = (name) => state.rows.map((row) => row[name] ?? null);
   for (const chart of state.charts) {
     chart.update(x, chart.spec.metrics.map(([name, , spread]) => {
@@ -108,7 +129,7 @@ function drawTiles(state, tiles) {
     tile("Entropy", last.entropy, from("entropy")),
     tile("Explained variance", last.explained_variance, "of the critic"),
     tile("Length", last[length], from(length)),
-    tile("Steps per second", speed === undefined ? "–" : count(Math.round(speed)), `${number(last["time/iteration"])} s per iteration`));
+    tile("Steps per second", number(speed), `${number(last["time/iteration"])} s per iteration`));
 }
 
 function alarmBanner(run) {
@@ -116,14 +137,21 @@ function alarmBanner(run) {
   return raised.map((alarm) => h("p", { class: "notice bad" }, h("b", {}, `Since iteration ${alarm.since}: `), `${alarm.seen}: ${alarm.remedy}`));
 }
 
-function toolbar(run, state) {
-  const smooth = h("select", { "aria-label": "Smoothing", onchange: (event) => state.group.smooth(Number(event.target.value)) },
-    [["0", "Not smoothed"], ["0.6", "Smoothed a little"], ["0.9", "Smoothed much"]].map(([value, label]) => h("option", { value }, label)));
-  return h("div", { class: "toolbar" },
+function toolbar(run, state, redraw) {
+  const smooth = smoothingSelect(String(state.group.smoothing), (value) => {
+    state.group.smooth(Number(value));
+    rename({ smooth: value === "0" ? null : value });
+  });
+  const by = axisSelect(state.axes, state.group.axis.name, (name) => {
+    state.by = name;
+    rename({ x: name === "iteration" ? null : name });
+    redraw();
+  });
+  return [
     h("p", { class: "hint" }, "Drag over a chart to zoom in, double-click for everything."),
-    h("span", { class: "spacer" }), smooth,
+    h("span", { class: "spacer" }), by, smooth,
     button("Whole range", () => state.group.zoom(null), { class: "quiet" }),
-    h("a", { class: "button", href: exportAddress("metrics.csv", { run: run.run }), download: "", "aria-label": "Metrics as CSV" }, "CSV"));
+    h("a", { class: "button", href: exportAddress("metrics.csv", { run: run.run }), download: "", "aria-label": "Metrics as CSV" }, "CSV")];
 }
 
 /** Every metric that no chart shows, to be ticked. */

@@ -2,10 +2,12 @@
 
 import { h, fill, table, button, debounce } from "../dom.js";
 import { get, address, exportAddress, onChange } from "../api.js";
-import { number, count, ago, plural } from "../format.js";
+import { number, ago, plural } from "../format.js";
 import { statePill, kindTag, spark, progress } from "../parts.js";
 import { go, rename } from "../router.js";
+import { snippet, visible } from "../text.js";
 import { keys } from "../keys.js";
+import { tagLink } from "./notes.js";
 
 const COLUMNS = [
   { name: "name", label: "Run", value: (run) => run.run.toLowerCase() },
@@ -24,6 +26,7 @@ export async function show(page) {
     runs: (await get("runs", {}, page.signal)).runs,
     chosen: new Set(),
     search: page.query.get("search") ?? "",
+    tag: page.query.get("tag") ?? "",
     order: page.query.get("order") ?? "updated",
     descending: page.query.get("descending") !== "0",
   };
@@ -31,13 +34,13 @@ export async function show(page) {
   const body = h("div", {});
   const compare = button("Compare", () => go(address("/compare", { run: [...state.chosen] })), { class: "primary", disabled: true });
   const draw = () => {
-    fill(body, runsTable(state, draw));
+    fill(body, tagBar(state, draw), runsTable(state, draw));
     summary.textContent = summarise(state.runs);
     compare.disabled = state.chosen.size < 2;
     compare.textContent = state.chosen.size ? `Compare ${state.chosen.size}` : "Compare";
   };
   const search = h("input", {
-    type: "search", placeholder: "Filter by name", "aria-label": "Filter by name", value: state.search,
+    type: "search", placeholder: "Filter by name, tag or note", "aria-label": "Filter by name, tag or note", value: state.search,
     oninput: (event) => {
       state.search = event.target.value;
       rename({ search: state.search });
@@ -72,9 +75,10 @@ function summarise(runs) {
 function runsTable(state, draw) {
   const column = COLUMNS.find(({ name }) => name === state.order) ?? COLUMNS.at(-1);
   const words = state.search.toLowerCase();
-  const shown = state.runs.filter((run) => run.run.toLowerCase().includes(words)).sort((a, b) => compareValues(column.value(a), column.value(b), state.descending));
+  const fits = (run) => (!state.tag || run.tags.includes(state.tag)) && [run.run, run.note, ...run.tags].some((text) => text.toLowerCase().includes(words));
+  const shown = state.runs.filter(fits).sort((a, b) => compareValues(column.value(a), column.value(b), state.descending));
   if (!state.runs.length) return empty();
-  if (!shown.length) return h("p", { class: "nothing" }, "No run has this in its name.");
+  if (!shown.length) return h("p", { class: "nothing" }, "No run fits: none has this in its name, its tags or its note.");
   const sort = (name, numeric) => {
     state.descending = state.order === name ? !state.descending : Boolean(numeric);
     state.order = name;
@@ -91,6 +95,20 @@ function runsTable(state, draw) {
   return table("Runs", head, shown.map((run) => row(run, state, draw)), { class: "runs cards" });
 }
 
+/** Every tag that some run has; one of them can be chosen. */
+function tagBar(state, draw) {
+  const tags = [...new Set([...state.runs.flatMap((run) => run.tags), ...(state.tag ? [state.tag] : [])])].sort();
+  if (!tags.length) return null;
+  const choose = (tag) => {
+    state.tag = state.tag === tag ? "" : tag;
+    rename({ tag: state.tag });
+    draw();
+    [...document.querySelectorAll(".tag-list.bar button")].find((one) => one.textContent === tag)?.focus();
+  };
+  return h("div", { class: "tag-list bar", role: "group", "aria-label": "Tags" }, tags.map((tag) =>
+    button(visible(tag), () => choose(tag), { class: "tag own", "aria-pressed": String(state.tag === tag) })));
+}
+
 function row(run, state, draw) {
   const choose = (event) => {
     state.chosen[event.target.checked ? "add" : "delete"](run.run);
@@ -103,12 +121,14 @@ function row(run, state, draw) {
     cell("", { class: "choose" }, h("input", { type: "checkbox", "aria-label": `Choose ${run.run}`, checked: state.chosen.has(run.run), onchange: choose })),
     cell("", { class: "name" },
       h("div", {}, h("a", { href: address("/run", { run: run.run }), class: "open" }, run.name), kindTag(run.kind)),
-      run.fault ? h("small", { class: "fault" }, run.fault) : run.run !== run.name && run.run !== "." ? h("small", {}, run.run) : null),
+      run.fault ? h("small", { class: "fault" }, run.fault) : run.run !== run.name && run.run !== "." ? h("small", {}, run.run) : null,
+      run.tags.length ? h("div", { class: "tag-list" }, run.tags.map(tagLink)) : null,
+      run.note ? h("small", { class: "line" }, snippet(run.note, 120)) : null),
     cell("", { class: "status" }, statePill(run.state), progress(run.iteration, run.iterations)),
     cell("Score", { class: "number score" }, spark(run.spark ?? [], ""), h("b", {}, number(run.score))),
     cell("KL", { class: "number" }, number(run.kl)),
     cell("Length", { class: "number" }, number(run.length)),
-    cell("Steps/s", { class: "number" }, run.tokens_per_second === null ? "–" : count(Math.round(run.tokens_per_second))),
+    cell("Steps/s", { class: "number" }, number(run.tokens_per_second)),
     cell("Alarms", { class: "number" }, run.alarms ? h("a", { class: "badge", href: address("/run", { run: run.run, tab: "alarms" }), "aria-label": plural(run.alarms, "alarm") }, String(run.alarms)) : h("span", { class: "ghost" }, "–")),
     cell("Updated", { class: "number updated" }, ago(run.updated)));
 }

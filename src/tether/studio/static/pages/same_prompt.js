@@ -4,6 +4,7 @@ import { h, fill } from "../dom.js";
 import { get, address } from "../api.js";
 import { nats, signed, plural } from "../format.js";
 import { longText, visible } from "../text.js";
+import { promptView } from "../turns.js";
 
 const SHOWN = 60;
 const DIFFED = 400;
@@ -16,7 +17,7 @@ export async function showSamePrompt(page, run, body) {
   fill(body,
     h("div", { class: "toolbar" }, h("h2", {}, "The same prompt across iterations"), h("span", { class: "spacer" }),
       h("a", { class: "button", href: address("/episodes", { run: run.run, prompt: episodes[0]?.prompt_hash }) }, "As a list")),
-    episodes[0] ? longText(episodes[0].prompt, { class: "prompt-block" }) : null,
+    episodes[0] ? promptView(episodes[0].prompt, episodes[0].messages) : null,
     h("p", { class: "hint apart" }, `${plural(episodes.length, "iteration")}${shown.length < episodes.length ? `, ${shown.length} of them shown` : ""}; words that the one before did not have are underlined.`),
     h("div", { class: "columns scroll", tabindex: "0", role: "region", "aria-label": "Answers by iteration" }, shown.map((episode, i) => card(episode, shown[i - 1], run, String(episode.id) === id))));
 }
