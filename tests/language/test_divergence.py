@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from tether.language import divergence
 from tether.language.adapters import POLICY, LoRAConfig, adapter_weights, give_adapters, using
 from tether.language.divergence import compare, reference_log_probs
-from tether.language.head import vocabulary_kl
+from tether.language.head import vocabulary_kl, vocabulary_log_probs
 from tether.language.policy import LanguagePolicy
 from tether.language.reference import AdapterReference, ModelReference, ReferenceConfig
 from tether.language.sampler import Sampler, SamplingConfig
@@ -23,25 +23,45 @@ from tether.language.world import CollectConfig, LanguageWorld
 from tether.ppo import KLConfig, KLController, Trajectories
 
 
+def kl(logits: Tensor, reference: Tensor, temperature: float = 1.0, support: int | None = None) -> Tensor:
+    kept = None if support is None else torch.full((len(logits),), support)
+    drawn = logits.argmax(-1)
+    return vocabulary_kl(
+        vocabulary_log_probs(logits, temperature, kept, drawn), vocabulary_log_probs(reference, temperature)
+    ).double()
+
+
 def test_the_formula() -> None:
     logits = torch.tensor([[0.0, 1.0, -2.0], [3.0, 0.0, 0.0]], dtype=torch.float64)
     reference = torch.tensor([[1.0, 0.0, 0.5], [3.0, 0.0, 0.0]], dtype=torch.float64)
-    actions = torch.tensor([1, 0])
     p, q = (logits / 0.5).softmax(-1), (reference / 0.5).softmax(-1)
-    found = vocabulary_kl(logits, reference, actions, 0.5, None)
-    torch.testing.assert_close(found.double(), (p * (p / q).log()).sum(-1), atol=1e-6, rtol=1e-6)
+    close = {"atol": 1e-6, "rtol": 1e-6}
+    torch.testing.assert_close(kl(logits, reference, 0.5), (p * (p / q).log()).sum(-1), **close)
     two = p[:, :2] / p[:, :2].sum(-1, keepdim=True)  # top-k of 2: π is renormalised, π_ref is not
-    kept = vocabulary_kl(logits, reference, actions, 0.5, torch.tensor([2, 2]))
-    torch.testing.assert_close(kept.double(), (two * (two / q[:, :2]).log()).sum(-1), atol=1e-6, rtol=1e-6)
-    one = vocabulary_kl(logits, reference, actions, 0.5, torch.tensor([1, 1]))
-    torch.testing.assert_close(one.double(), -q.gather(-1, actions[:, None]).squeeze(-1).log(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(kl(logits, reference, 0.5, 2), (two * (two / q[:, :2]).log()).sum(-1), **close)
+    drawn = logits.argmax(-1, keepdim=True)
+    torch.testing.assert_close(kl(logits, reference, 0.5, 1), -q.gather(-1, drawn).squeeze(-1).log(), **close)
 
 
 def test_a_token_without_probability_adds_nothing_and_equal_logits_give_zero() -> None:
     logits = torch.tensor([[0.0, -math.inf, 200.0]])
-    assert vocabulary_kl(logits, logits, torch.tensor([2]), 1.0, None).tolist() == [0.0]
-    spare = torch.tensor([[0.0, -math.inf, 200.0, 5.0]])  # a row that the other model has not
-    assert vocabulary_kl(logits, spare, torch.tensor([2]), 1.0, None).tolist() == [0.0]
+    assert kl(logits, logits).tolist() == [0.0]
+    assert kl(torch.tensor([[0.0, 0.0, -300.0]]), torch.tensor([[0.0, 0.0, 300.0]])).item() == pytest.approx(
+        300 - math.log(2)
+    )
+
+
+def test_a_reference_may_have_rows_to_spare() -> None:
+    torch.manual_seed(0)
+    policy = LanguagePolicy(make_model())
+    larger = make_model(vocabulary_size=policy.model.config.vocab_size + 8)
+    small = policy.model.state_dict()
+    for name, weight in larger.state_dict().items():
+        weight[: len(small[name])] = small[name]
+    larger.get_output_embeddings().weight.data[policy.model.config.vocab_size :] = 0.0
+    batch = world_of(policy, ModelReference(larger)).collect()
+    assert float(batch.kl_to_reference[batch.mask].max()) < 3.0
+    assert bool(batch.kl_to_reference[batch.mask].isfinite().all())
 
 
 def by_definition(world: LanguageWorld, batch: Trajectories, row: int, reference: Any) -> Tensor:

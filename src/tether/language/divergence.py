@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tether.language.context import TokenContext
-from tether.language.head import Head, vocabulary_kl
+from tether.language.head import Head, vocabulary_kl, vocabulary_log_probs
 from tether.language.reading import Reader
 from tether.language.reference import Reference
 
@@ -59,10 +59,9 @@ def compare(
         log_probs[others] = reference_log_probs(reference.reader, *asked)
         for part, hidden in zip(parts, states, strict=True):
             drawn = context.select(part)
-            reading = reference.reader.read(replace(drawn, support=None), actions[part], mask[part])
-            log_probs[part] = _spread(reading.log_probs, mask[part])
-            nats = _kl_by_states((head, hidden), (own_head, reading.hidden), drawn, actions[part], mask[part])
-            kl[part] = _spread(nats, mask[part])
+            own_hidden = reference.reader.states(drawn, mask[part])
+            found = _by_states((head, hidden), (own_head, own_hidden), drawn, actions[part], mask[part])
+            log_probs[part], kl[part] = (_spread(flat, mask[part]) for flat in found)
     return log_probs, kl
 
 
@@ -80,20 +79,22 @@ def reference_log_probs(
     return result
 
 
-def _kl_by_states(
+def _by_states(
     policy: tuple[Head, Tensor], reference: tuple[Head, Tensor], context: TokenContext, actions: Tensor, mask: Tensor
-) -> Tensor:
-    """KL (n,) from the output layers of both models and the states (n, H) that they are given."""
+) -> tuple[Tensor, Tensor]:
+    """Log π_ref (n,) and KL (n,) from the output layers of both models and the states (n, H) that they are given."""
     (head, hidden), (own_head, own_hidden) = policy, reference
     support, tokens = None if context.support is None else context.support[mask], actions[mask]
     size = max(1, LOGITS_AT_ONCE // len(head.layer.weight))
-    nats = [torch.zeros(0, device=mask.device)]
-    for start in range(0, len(hidden), size):
+    log_probs, kl = (torch.zeros(len(tokens), device=mask.device) for _ in range(2))
+    for start in range(0, len(tokens), size):
         some = slice(start, start + size)
-        logits, own_logits = head.logits(hidden[some]), own_head.logits(own_hidden[some])
         kept = None if support is None else support[some]
-        nats.append(vocabulary_kl(logits, own_logits, tokens[some], context.temperature, kept))
-    return torch.cat(nats)
+        of_policy = vocabulary_log_probs(head.logits(hidden[some]), context.temperature, kept, tokens[some])
+        of_reference = vocabulary_log_probs(own_head.logits(own_hidden[some]), context.temperature)
+        log_probs[some] = of_reference.gather(-1, tokens[some, None]).squeeze(-1)
+        kl[some] = vocabulary_kl(*_of_both(of_policy, of_reference))
+    return log_probs, kl
 
 
 def _kl_by_models(policy: Reader, reference: Reference, context: TokenContext, actions: Tensor, mask: Tensor) -> Tensor:
@@ -102,7 +103,14 @@ def _kl_by_models(policy: Reader, reference: Reference, context: TokenContext, a
     with reference.as_model():
         own_logits = reference.reader.logits(context, mask)
     support = None if context.support is None else context.support[mask]
-    return vocabulary_kl(logits, own_logits, actions[mask], context.temperature, support)
+    of_policy = vocabulary_log_probs(logits, context.temperature, support, actions[mask])
+    return vocabulary_kl(*_of_both(of_policy, vocabulary_log_probs(own_logits, context.temperature)))
+
+
+def _of_both(policy: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (n, V) of the tokens that both models know: one may have rows to spare for none."""
+    size = min(policy.shape[-1], reference.shape[-1])
+    return policy[:, :size], reference[:, :size]
 
 
 def _parts(lengths: Tensor, rows: Tensor, tokens_at_once: int) -> Iterator[Tensor]:

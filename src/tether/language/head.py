@@ -212,30 +212,27 @@ def action_log_probs(
     With `support` (n,) only so many of the likeliest tokens share the probability, the action always being one of them:
     the distribution that top-k and top-p left at sampling time, which keeps the action possible while π moves.
     """
-    scaled = logits.float() / temperature
-    if support is not None:
-        scaled = keep_likeliest(scaled, support, actions)
-    log_probs = torch.log_softmax(scaled, dim=-1)
+    log_probs = vocabulary_log_probs(logits, temperature, support, actions)
     entropy = -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(dim=-1)
     return log_probs.gather(-1, actions[:, None]).squeeze(-1), entropy
 
 
-def vocabulary_kl(
-    logits: Tensor, reference_logits: Tensor, actions: Tensor, temperature: float, support: Tensor | None
+def vocabulary_log_probs(
+    logits: Tensor, temperature: float, support: Tensor | None = None, actions: Tensor | None = None
 ) -> Tensor:
-    """KL(π‖π_ref) (n,) in nats of the distributions that two rows of logits (n, V) give at this temperature.
-
-    `support` (n,) and `actions` (n,) say what top-k and top-p left of π, see `action_log_probs`; π_ref is whole. Tokens
-    that only one of two models knows, where one has rows to spare, count for neither.
-    """
-    size = min(logits.shape[-1], reference_logits.shape[-1])
-    scaled = logits[:, :size].float() / temperature
+    """(n, V) log-probabilities of softmax(logits / temperature), in float32; for the others see `action_log_probs`."""
+    scaled = logits.float()
+    if temperature != 1:
+        scaled = scaled / temperature
     if support is not None:
         scaled = keep_likeliest(scaled, support, actions)
-    log_probs = torch.log_softmax(scaled, dim=-1)
-    reference_log_probs = torch.log_softmax(reference_logits[:, :size].float() / temperature, dim=-1)
+    return torch.log_softmax(scaled, dim=-1)
+
+
+def vocabulary_kl(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
+    """KL(π‖π_ref) (n,) in nats of two distributions over the vocabulary, by their log-probabilities (n, V)."""
     probabilities = log_probs.exp()
-    difference = (log_probs - reference_log_probs).masked_fill_(probabilities == 0, 0.0)
+    difference = (log_probs - reference_log_probs).masked_fill_(probabilities == 0, 0.0)  # 0 · −∞ would not be 0
     return torch.linalg.vecdot(probabilities, difference).clamp_(min=0.0)
 
 

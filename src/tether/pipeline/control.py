@@ -202,7 +202,6 @@ def train_control(
             shown.phase(f"making {count(config.environments.count, 'environment')} of {config.env}")
             world, learner = build_control(config, checkpoint)
             set_threads(config, world)
-            shown.say(describe_control(config, world, learner))
             return world, learner
 
         try:
@@ -213,6 +212,7 @@ def train_control(
                 report,
                 lambda world: kept,
                 settled=lambda world: replace(config, device=str(world.policy.device)),
+                describe=lambda world, learner: describe_control(config, world, learner),
                 progress=shown,
             )
         finally:

@@ -4,7 +4,8 @@ A language model and its tokenizer are made on the spot and fine-tuned on arithm
 that the model knows the form of an answer and, at best, what is likelier right than wrong. Then a verifier is the only
 teacher: +1 for a right answer, −1 for a wrong one, and β·KL holds the policy to the fine-tuned model.
 
-"What is 2 + 2?" is among the sums that are practised; how far the model can add is measured on others.
+"What is 2 + 2?" is among the sums that are practised, ten times as often as each other; how far the model can add is
+measured on sums that it has never seen.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ FIRST_QUESTION = (2, 2)
 EOS = "</s>"
 SFT_BATCH = 128  # answers in each step of fine-tuning
 BETA = 0.05
-ANSWERS = 8  # to the first question, shown before and after
+OFTEN = 10  # times as often as each other sum the first question is practised, so that every seed gets it right
+ANSWERS = 8  # answers to it that are shown, before and after
 
 
 @dataclass(frozen=True)
@@ -279,7 +281,8 @@ def _fine_tune(
 def _reinforce(
     config: DemoConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seen: list[tuple[int, int]]
 ) -> Trained[LanguageWorld]:
-    parts = Parts(model, tokenizer, [question(problem) for problem in seen])
+    practised = [*seen, *[FIRST_QUESTION] * (OFTEN - 1)]
+    parts = Parts(model, tokenizer, [question(problem) for problem in practised])
     columns = ("score", "reward", "kl", "entropy", "clip_fraction")
     with Display(config.iterations, columns) as display:
         return train_ppo(ppo_settings(config), parts, report=lambda step: display.update(step.number, step.metrics))
@@ -365,14 +368,16 @@ def one_episode(
 def _show_answers(console: Console, exam: Exam) -> None:
     answers = "  ".join(f"{text!r} {score:+.0f}" for text, score in exam.answers).replace("-", "−")
     console.print(
-        f'   "{question(FIRST_QUESTION)}", which it practises, sampled {len(exam.answers)} times: {answers}\n'
+        f'   "{question(FIRST_QUESTION)}", one of the sums to practise, sampled {len(exam.answers)} times: {answers}\n'
         f"   the right answer has probability {exam.probability:.3f}\n"
     )
 
 
 def _show_episode(console: Console, episode: Episode) -> None:
     verdict = "right: +1" if episode.score > 0 else "wrong: −1"
-    console.print(f'[bold]3. One episode[/bold]  the prompt "{episode.prompt}", one of the sums that it practised\n')
+    console.print(
+        f'[bold]3. One episode[/bold]  the prompt "{episode.prompt}", which it practised {OFTEN} times as often as other sums\n'
+    )
     console.print(episode_table(episode))
     console.print(
         f'   "{episode.response}" is {verdict}. Each token is an action; the score comes with the last, −β·KL with\n'

@@ -357,9 +357,7 @@ def train_ppo(
 
         def build(checkpoint: Path | None) -> tuple[LanguageWorld, Learner]:
             shown.phase(f"loading {config.model or 'prompts and model'}")
-            world, learner = build_ppo(config, parts, checkpoint)
-            shown.say(describe_ppo(config, world, learner))
-            return world, learner
+            return build_ppo(config, parts, checkpoint)
 
         return train_in_folder(
             config,
@@ -370,6 +368,7 @@ def train_ppo(
             settled=lambda world: _settled(config, world),
             begin=lambda world, folder: draw_frontier(world, folder, config.frontier, config.seed, shown.phase),
             alarms=config.alarms,
+            describe=lambda world, learner: describe_ppo(config, world, learner),
             progress=shown,
         )
 

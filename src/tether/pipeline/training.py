@@ -10,7 +10,7 @@ import json
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +82,7 @@ def train_in_folder(
     settled: Callable[[WorldT], RunSettings] | None = None,
     begin: Callable[[WorldT, Path], None] | None = None,
     alarms: AlarmsConfig | None = None,
+    describe: Callable[[WorldT, Learner], Sequence[str]] | None = None,
     progress: Progress | None = None,
 ) -> Trained[WorldT]:
     """Train to the end of the run.
@@ -101,6 +102,7 @@ def train_in_folder(
         begin: called with the world and the folder before the first iteration, again where a run is resumed that was
             killed before its first checkpoint. It must leave all random states as they were.
         alarms: when to raise one; each is logged as a warning and written to the folder. None: never.
+        describe: lines for `progress` to say before anything else.
         progress: shows people how the run goes. None: nothing does.
 
     Raises:
@@ -137,6 +139,8 @@ def train_in_folder(
         device = next(iter(learner.policy.policy_parameters())).device
         with recorded(folder, device, learner.iteration), _Interruption() as interruption:
             try:
+                if progress is not None and describe is not None:
+                    progress.say(describe(world, learner))
                 if begin is not None and learner.iteration == 0:
                     begin(world, folder)
                 if progress is not None and learner.iteration < config.iterations:

@@ -80,7 +80,7 @@ def _tiles(data: RunData) -> str:
     names = [
         ("score", "score"),
         ("gold", "gold score"),
-        ("kl_k1", "KL, nats per response"),
+        (data.kl, "KL, nats per response"),
         ("response_length", "tokens per response"),
         ("episode_length", "steps per episode"),
         ("entropy", "entropy, nats per step"),
@@ -127,7 +127,7 @@ def _alarms(data: RunData) -> str:
 
 
 def _frontier(data: RunData) -> str:
-    if not data.column("kl_k1")[1]:
+    if not data.column(data.kl)[1]:
         return ""
     gold = data.start("gold") is not None and data.start("score") is not None
     series = []
@@ -163,11 +163,11 @@ def _frontier(data: RunData) -> str:
 
 
 def _path(data: RunData, name: str, label: str, colour: int, scale: tuple[float, float]) -> list[Series]:
-    rows = [row for row in data.rows if all(isinstance(row.get(key), int | float) for key in ("kl_k1", name))]
+    rows = [row for row in data.rows if all(isinstance(row.get(key), int | float) for key in (data.kl, name))]
     if not rows:
         return []
     window = data.window
-    kls = trailing_mean([max(0.0, float(row["kl_k1"])) for row in rows], window)
+    kls = trailing_mean([max(0.0, float(row[data.kl])) for row in rows], window)
     values = trailing_mean([float(row[name]) for row in rows], window)
     numbers = [float(row["iteration"]) for row in rows]
     _, xs = thin(numbers, kls, FRONTIER_POINTS)
@@ -229,7 +229,7 @@ def _iterations(data: RunData) -> str:
         (
             "What it costs",
             [
-                ("KL", "to the reference, nats per response", [("kl_k1", "KL")]),
+                ("KL", "to the reference, nats per response", [(data.kl, "KL")]),
                 ("length", "tokens per response", [("response_length", "mean")]),
                 ("length", "steps per episode", [("episode_length", "mean")]),
                 ("entropy", "nats per step", [("entropy", "entropy")]),
@@ -267,10 +267,10 @@ def _panel(data: RunData, title: str, unit: str, metrics: list[tuple[str, str]])
     if not series:
         return ""
     thresholds, levels = data.thresholds, []
-    if thresholds is not None and metrics[0][0] in ("kl_k1", "entropy"):
-        level = thresholds.kl if metrics[0][0] == "kl_k1" else thresholds.entropy
+    if thresholds is not None and metrics[0][0] in (data.kl, "entropy"):
+        level = thresholds.kl if metrics[0][0] == data.kl else thresholds.entropy
         levels = [] if level is None else [(level, f"alarm at {level:g}")]
-    kinds = {"kl_k1": "kl", "response_length": "length", "entropy": "entropy", "gold": "gap"}
+    kinds = {data.kl: "kl", "response_length": "length", "entropy": "entropy", "gold": "gap"}
     marks = [
         (float(alarm.iteration), f"alarm in iteration {alarm.iteration}: {alarm.message}")
         for alarm in data.alarms

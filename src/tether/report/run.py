@@ -57,6 +57,11 @@ class RunData:
         return [x for x, _ in known], [y for _, y in known]
 
     @property
+    def kl(self) -> str:
+        """The metric for the KL to the reference. `kl` was a noisier estimate before it had an error: then `kl_k1`."""
+        return "kl" if self.column("kl_error")[1] else "kl_k1"
+
+    @property
     def window(self) -> int:
         """Iterations whose mean is looked at."""
         return 5 if self.thresholds is None else self.thresholds.window

@@ -75,7 +75,7 @@ export function notice(text, ...more) {
 /** Charts are a few per page and alike on the run's and the comparing page: what they draw from a metrics row. */
 export const CHARTS = [
   { title: "Score", unit: "per episode, ± std", series: [["score", "score", "score_std"], ["gold", "held out"]] },
-  { title: "KL", unit: "to the reference, nats per response", series: [["kl", "k3"], ["kl_k1", "k1"]], alarm: "kl" },
+  { title: "KL", unit: "to the reference, nats per response", series: [["kl", "KL", "kl_error"], ["kl_k1", "k1"]], alarm: "kl" },
   { title: "Entropy", unit: "nats per step", series: [["entropy", "entropy"]], alarm: "entropy" },
   { title: "Clip fraction", unit: "share of steps", series: [["clip_fraction", "clip fraction"]] },
   { title: "Explained variance", unit: "of the critic, 1 is perfect", series: [["explained_variance", "explained variance"]] },
