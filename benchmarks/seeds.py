@@ -27,8 +27,8 @@ def run_demo(seed: int, arguments: argparse.Namespace) -> list[str]:
     before, after = result.before, result.after
     return [
         str(seed),
-        f"{before.accuracy:.1%}",
-        f"{after.accuracy:.1%}",
+        f"{before.accuracy.mean:.1%}",
+        f"{after.accuracy.mean:.1%}",
         f"{before.probability:.3f}",
         f"{after.probability:.4f}",
         f"{after.kl:.2f}",

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GPT2Config,
@@ -36,18 +37,21 @@ from tether.language.prompts import Prompt
 from tether.language.reference import ModelReference, Reference
 from tether.language.sampler import Sampler, SamplingConfig
 from tether.language.world import CollectConfig, LanguageWorld
+from tether.pipeline.evaluate import Estimate, estimate_share
 from tether.pipeline.ppo import Parts, PPOConfig, Trained, train_ppo
 from tether.pipeline.sft import SFTConfig, fine_tune
 from tether.ppo import AdvantageConfig, KLConfig, KLController, Learner, LearnerConfig
 from tether.rewards import Rewards, RewardsConfig
 from tether.runs import Display
 from tether.runs.episode_table import episode_table
+from tether.uncertainty import percent
 
 FIRST_QUESTION = (2, 2)
 EOS = "</s>"
 SFT_BATCH = 128  # answers in each step of fine-tuning
 BETA = 0.05
 OFTEN = 10  # times as often as each other sum the first question is practised, so that every seed gets it right
+TRIES = 4  # answers to each sum that is held out
 ANSWERS = 8  # answers to it that are shown, before and after
 
 
@@ -101,7 +105,7 @@ class Exam:
         answers: to the first question, each (text, score).
     """
 
-    accuracy: float
+    accuracy: Estimate
     kl: float
     objective: float
     probability: float
@@ -144,9 +148,7 @@ def _demonstrate(config: DemoConfig) -> DemoResult:
     )
     _fine_tune(config, model, tokenizer, seen, rng)
     before = examine(config, exam_world(config, model, tokenizer, held_out))
-    console.print(
-        f"\n   right answers to {len(held_out)} sums that it has never seen: [bold]{before.accuracy:.1%}[/bold]"
-    )
+    console.print(f"\n   right answers to {len(held_out)} sums that it has never seen: [bold]{_percent(before)}[/bold]")
     _show_answers(console, before)
     console.print(
         "[bold]2. PPO: a verifier is the only teacher[/bold]  (+1 right, −1 wrong, −β·KL to the model above)\n"
@@ -156,8 +158,8 @@ def _demonstrate(config: DemoConfig) -> DemoResult:
     seconds = time.perf_counter() - started
     console.print(
         f"\n   right answers to the same {len(held_out)} sums: "
-        f"[bold]{before.accuracy:.1%} → {after.accuracy:.1%}[/bold], "
-        f"sampled, at {after.kl:.2f} nats of KL per response; {seconds:.0f} s in all"
+        f"[bold]{before.accuracy.mean:.1%} → {_percent(after)}[/bold], "
+        f"at {after.kl:.2f} nats of KL per response; {seconds:.0f} s in all"
     )
     _show_answers(console, after)
     episode = one_episode(trained, FIRST_QUESTION, tokenizer)
@@ -304,10 +306,10 @@ def exam_world(
     problems: list[tuple[int, int]],
     reference: Reference | None = None,
 ) -> LanguageWorld:
-    """A world that asks each problem four times at once; without a reference the model is its own."""
+    """A world that asks each problem a few times, all at once; without a reference the model is its own."""
     policy = LanguagePolicy(model, autocast=config.autocast)
     sampler = Sampler(policy, tokenizer, SamplingConfig(max_new_tokens=4, batch_size=1024), config.seed + 1)
-    prompts = as_prompts(problems, tokenizer) * 4
+    prompts = as_prompts(problems, tokenizer) * TRIES
     return LanguageWorld(
         policy,
         reference or ModelReference(copy.deepcopy(model)),
@@ -322,12 +324,16 @@ def exam_world(
 
 def examine(config: DemoConfig, world: LanguageWorld) -> Exam:
     """Sampled answers to the world's sums, and to the first question."""
-    metrics = world.metrics(world.collect())
+    trajectories = world.collect()
+    metrics, nothing = world.metrics(trajectories), torch.zeros(trajectories.mask.shape)
+    right: dict[str, list[bool]] = {}
+    for episode in world.episodes(trajectories, nothing, nothing):
+        right.setdefault(episode.prompt, []).append(episode.score > 0)
     (first,) = as_prompts([FIRST_QUESTION], world.tokenizer)
     texts = world.sampler.sample([first.token_ids] * ANSWERS).texts
     scores = world.rewards([first.text] * ANSWERS, texts, [[] for _ in texts], {}).total
     return Exam(
-        accuracy=(metrics["score"] + 1) / 2,
+        accuracy=estimate_share([sum(answers) / TRIES for answers in right.values()], TRIES),
         kl=metrics["kl"],
         objective=metrics["score"] - BETA * metrics["kl"],
         probability=answer_probability(world.policy, world.tokenizer, FIRST_QUESTION),
@@ -365,19 +371,23 @@ def one_episode(
     return alone.episodes(trajectories, *learner.credit(trajectories))[0]
 
 
+def _percent(exam: Exam) -> str:
+    assert exam.accuracy.interval is not None
+    return percent(exam.accuracy.mean, exam.accuracy.interval)
+
+
 def _show_answers(console: Console, exam: Exam) -> None:
     answers = "  ".join(f"{text!r} {score:+.0f}" for text, score in exam.answers).replace("-", "−")
     console.print(
-        f'   "{question(FIRST_QUESTION)}", one of the sums to practise, sampled {len(exam.answers)} times: {answers}\n'
+        f'   "{question(FIRST_QUESTION)}", one of the sums to practise, asked {len(exam.answers)} times: {answers}\n'
         f"   the right answer has probability {exam.probability:.3f}\n"
     )
 
 
 def _show_episode(console: Console, episode: Episode) -> None:
     verdict = "right: +1" if episode.score > 0 else "wrong: −1"
-    console.print(
-        f'[bold]3. One episode[/bold]  the prompt "{episode.prompt}", which it practised {OFTEN} times as often as other sums\n'
-    )
+    practised = f"practised {OFTEN} times as often as other sums"
+    console.print(f'[bold]3. One episode[/bold]  the prompt "{episode.prompt}", {practised}\n')
     console.print(episode_table(episode))
     console.print(
         f'   "{episode.response}" is {verdict}. Each token is an action; the score comes with the last, −β·KL with\n'
@@ -398,13 +408,10 @@ def _what_was_learned(console: Console, episode: Episode, before: Exam, after: E
         ("value V(s)", f"what is expected from here on: {values}"),
         ("advantage", f"how much better it came: {advantages}"),
         ("KL(π‖π_ref)", f"how far π has moved, nats per response: {before.kl:.2f} → {after.kl:.2f}"),
-        (
-            "E[r] − β·KL",
-            f"what PPO maximises: {before.objective:+.3f} → {after.objective:+.3f}, on the sums never seen",
-        ),
+        ("E[r] − β·KL", f"what PPO maximises, on sums never seen: {before.objective:+.2f} → {after.objective:+.2f}"),
     ]
     for row in rows:
-        words.add_row(*row)
+        words.add_row(*map(Text, row))  # E[r] is no markup
     console.print("[bold]4. What was learned, in the words of reinforcement learning[/bold]\n")
     console.print(Padding(words, (0, 0, 1, 3)))
 
