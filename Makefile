@@ -29,13 +29,14 @@ BENCH_FOLDER ?= runs/bench
 # control.py has settings of its own: a quick look at the others is a quick look at it
 CONTROL_ARGS ?= $(if $(findstring --quick,$(ARGS)),--steps 4096 --repeats 1)
 
-.PHONY: help demo test test-all bench lint format sync browser FORCE
+.PHONY: help demo test test-all test-avx2 bench lint format sync browser FORCE
 .NOTPARALLEL:
 
 help:
 	@echo "make demo       PPO teaches a small language model arithmetic, in minutes   (options: ARGS=...)"
 	@echo "make test       the tests, without the slow ones                            (options: ARGS=...)"
 	@echo "make test-all   all tests                                                   (options: ARGS=...)"
+	@echo "make test-avx2  those that a processor may change, with no more than AVX2's instructions"
 	@echo "make bench      speed and memory, beside others; hours, on an idle machine  (options: ARGS=--quick, BENCHES=...)"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite what it can"
@@ -51,6 +52,15 @@ test: sync
 
 test-all: sync
 	$(PYTEST) $(ARGS)
+
+# What a processor changes, as on one with AVX2 and no more: near such a machine, not the same. Compiled code is kept
+# apart, since torch does not ask which instructions it was made for.
+CAPPED := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2
+OF_PROCESSORS := tests/language tests/ppo tests/test_semantics.py tests/test_bridge.py tests/test_benchmarks_memory.py \
+	tests/pipeline/test_ppo.py tests/pipeline/test_architectures.py tests/pipeline/test_lora.py
+
+test-avx2: sync
+	$(CAPPED) TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d) $(PYTEST) -m "not slow" $(OF_PROCESSORS) $(ARGS)
 
 # The pictures' packages at the lock file's versions, whichever torch is installed: `uv sync` would replace TORCH=cpu's.
 bench: sync

@@ -41,7 +41,6 @@ from tether.control.environments import Environments
 from tether.control.policy import StateContext
 from tether.control.world import ControlCollectConfig, ControlWorld, load_policy
 from tether.errors import UserError
-from tether.language import reference as reference_module
 from tether.language import sampler as sampler_module
 from tether.language import world as language_module
 from tether.language.environment import TokenEnv, score_with_rewards
@@ -345,12 +344,12 @@ def sampled_log_probs_at_temperature_one(patch: pytest.MonkeyPatch, roads: Roads
 
 
 def reference_at_another_temperature(patch: pytest.MonkeyPatch, roads: Roads) -> None:
-    real = reference_module.reference_log_probs
+    real = language_module.compare
 
-    def changed(model: Any, context: Any, actions: Tensor, mask: Tensor) -> Tensor:
-        return real(model, replace(context, temperature=1.0), actions, mask)
+    def changed(policy: Any, reference: Any, context: Any, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        return real(policy, reference, replace(context, temperature=1.0), *rest)
 
-    patch.setattr(reference_module, "reference_log_probs", changed)
+    patch.setattr(language_module, "compare", changed)
 
 
 def penalise_every_response(patch: pytest.MonkeyPatch, roads: Roads) -> None:

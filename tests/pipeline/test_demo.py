@@ -79,9 +79,10 @@ def test_it_asks_the_first_question_before_and_after_and_says_how_likely_the_ans
     lines = re.findall(r'"What is 2 \+ 2\?", one of the sums to practise, asked 8 times: (.*)\n', said)
     assert len(lines) == 2
     for line in lines:
-        answers = re.findall(r"(\S+) ([+−])1", line)
+        answers = re.findall(r"""('[^']*'|"[^"]*") ([+−])1""", line)
         assert len(answers) == 8
-        assert all((sign == "+") == (text == "'4'") for text, sign in answers)
+        assert all(sign == "+" for text, sign in answers if text == "'4'")
+        assert all("4" in text for text, sign in answers if sign == "+")  # "04" is right, too
     assert len(re.findall(r"the right answer has probability [01]\.\d{3}\n", said)) == 2
 
 
@@ -102,7 +103,8 @@ def test_the_probability_of_an_answer_is_that_of_its_tokens_and_eos() -> None:
     ids = tokenizer("What is 20 + 25?").input_ids
     expected = 1.0
     for token in [*tokenizer("45").input_ids, tokenizer.eos_token_id]:
-        expected *= float(policy.model(torch.tensor([ids])).logits[0, -1].softmax(-1)[token])
+        with torch.no_grad():
+            expected *= float(policy.model(torch.tensor([ids])).logits[0, -1].softmax(-1)[token])
         ids.append(token)
     assert answer_probability(policy, tokenizer, (20, 25)) == pytest.approx(expected, rel=1e-4)
 

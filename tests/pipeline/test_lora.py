@@ -13,22 +13,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tests.models import make_model, make_tokenizer
 from tests.run_folders import assert_same_run, newest_checkpoint
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tether.errors import UserError
 from tether.language.adapters import LoRAConfig, adapter_weights, is_adapter, using
-from tether.language.divergence import reference_log_probs
+from tether.language.divergence import compare
 from tether.language.models import load_causal_lm, load_tokenizer
-from tether.language.reading import Reader
 from tether.language.reference import AdapterReference, ModelReference, ReferenceConfig
 from tether.language.sampler import SamplingConfig
-from tether.language.world import CollectConfig
+from tether.language.world import CollectConfig, LanguageWorld
 from tether.pipeline.evaluate import EvalConfig, evaluate
 from tether.pipeline.export import ExportConfig, export
 from tether.pipeline.generate import GenerateConfig, generate
 from tether.pipeline.ppo import Parts, PPOConfig, build_ppo, train_ppo
 from tether.pipeline.sft import SFTConfig, fine_tune, sft
-from tether.ppo import AdvantageConfig, LearnerConfig
+from tether.ppo import AdvantageConfig, LearnerConfig, Trajectories
 from tether.runs import read_metrics
 from tether.train import iterate
 
@@ -103,13 +103,19 @@ def test_the_first_iteration_is_that_of_full_training(base: str, tmp_path: Path)
     assert torch.equal(first[0].reference_log_probs, first[1].reference_log_probs)
 
 
+def by(reference: ModelReference, world: LanguageWorld, batch: Trajectories) -> Tensor:
+    """The log-probabilities of a reference, as a world asks for them."""
+    rows = torch.arange(len(batch))
+    return compare(world.policy.reader, reference, batch.context, batch.actions, batch.mask, rows)[0]
+
+
 def test_the_kl_is_to_the_base(base: str, tmp_path: Path) -> None:
     world, learner = build_ppo(settings(base, tmp_path), parts())
     assert isinstance(world.reference, AdapterReference)
     fixed = ModelReference(make_model())
     for step in iterate(world, learner):
         batch = step.trajectories
-        expected = reference_log_probs(fixed.reader, batch.context, batch.actions, batch.mask)
+        expected = by(fixed, world, batch)
         assert torch.equal(batch.reference_log_probs, expected)
     assert step.metrics["kl"] > 1e-4
 
@@ -285,7 +291,7 @@ def test_adapters_trained_before_go_on_and_are_the_reference(policy: tuple[Path,
     step = next(iterate(world, learner))
     batch = step.trajectories
     assert step.metrics["kl"] < 1e-9
-    expected = reference_log_probs(Reader(model), batch.context, batch.actions, batch.mask)
+    expected = by(ModelReference(model), world, batch)
     assert torch.equal(batch.reference_log_probs, expected)
     whole = train_ppo(config, parts())
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -308,8 +314,7 @@ def test_another_model_may_be_the_reference(base: str, policy: tuple[Path, Any],
     config = settings(base, tmp_path, reference=ReferenceConfig(str(policy[0]), offload="disk"))
     world, learner = build_ppo(config, parts())
     batch = next(iterate(world, learner)).trajectories
-    reader = Reader(load_causal_lm(str(policy[0])))
-    expected = reference_log_probs(reader, batch.context, batch.actions, batch.mask)
+    expected = by(ModelReference(load_causal_lm(str(policy[0]))), world, batch)
     assert torch.equal(batch.reference_log_probs, expected)
 
 
