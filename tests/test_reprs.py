@@ -44,7 +44,7 @@ def test_what_training_gives_is_shown_in_a_line(tmp_path: Path) -> None:
     )
     assert repr(seen[0]).startswith("Iteration(1, score ")
     assert repr(batch.context) == f"TokenContext(4 sequences, up to {batch.context.tokens.shape[1]} tokens)"
-    assert repr(seen[0].last_seen) == f"Evaluation(4 × {batch.mask.shape[1]} steps)"
+    assert repr(seen[0].last_seen) == f"LastSeen(4 × {batch.mask.shape[1]} steps)"
     episode = tether.read_episodes(trained.folder)[0]
     assert repr(episode).startswith("StoredEpisode('")
     assert "score" in repr(episode)

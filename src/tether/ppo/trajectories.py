@@ -40,10 +40,10 @@ class Evaluation:
     entropy: Tensor
 
     def __repr__(self) -> str:
-        return f"Evaluation({' × '.join(map(str, self.log_probs.shape))} steps)"
+        return f"{type(self).__name__}({' × '.join(map(str, self.log_probs.shape))} steps)"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LastSeen(Evaluation):
     """What an update saw of each step when it evaluated it for the last time, before the optimizer step that followed.
 
