@@ -184,8 +184,8 @@ def test_wrong_settings_are_one_line(
 def label_until_killed(studio: Studio, generator: random.Random, start: int) -> dict[int, str]:
     """Answers that were acknowledged before the server was killed, at a moment that nobody chose."""
     assert studio.process.pid is not None
-    timer = threading.Timer(generator.uniform(0.02, 0.4), os.kill, (studio.process.pid, signal.SIGKILL))
-    timer.start()
+    timer = threading.Timer(generator.uniform(0.0, 0.02), os.kill, (studio.process.pid, signal.SIGKILL))
+    last = generator.randint(6, 40)  # answers, after which the killer is on its way: by count, not by the clock
     kept: dict[int, str] = {}
     for pair in range(start, PAIRS + 1):
         answer = generator.choice(("tie", "skip", "both_bad"))
@@ -193,6 +193,8 @@ def label_until_killed(studio: Studio, generator: random.Random, start: int) -> 
         try:
             if studio.ask("/api/labels/answer", said)["ok"]:
                 kept[pair] = answer
+            if len(kept) == last:
+                timer.start()
         except (OSError, http.client.HTTPException, ValueError):  # it is gone; half an answer is none
             break
     studio.process.join(20)
