@@ -71,7 +71,7 @@ class DemoConfig:
     """Share of the answers that are wrong in the text for fine-tuning."""
     sft_steps: int = 1700
     """Optimizer steps of fine-tuning."""
-    iterations: int = 100
+    iterations: int = 130
     """Iterations of PPO."""
     device: str = "cpu"
     """Torch device, e.g. cpu or cuda. A GPU is no faster with a model as small as this one."""
