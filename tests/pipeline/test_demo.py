@@ -158,3 +158,19 @@ def test_from_at_most_60_to_at_least_95_percent_and_the_first_question_right(tmp
     assert result.after.probability >= 0.9
     assert 0 == result.before.kl < result.after.kl
     assert result.episode.prompt == "What is 2 + 2?"
+
+
+def test_the_readme_shows_what_the_command_prints(shown: tuple[Path, str]) -> None:
+    """Line by line, numbers and what was sampled apart."""
+
+    def form(line: str) -> str:
+        line = re.sub(r"[\d.,]+ s(?: per iteration.*| in all)?", "", line)
+        line = re.sub(r"""'[^']*'|"[04-9]\d*\"""", "''", line)
+        line = re.sub(r"[+−-]?\d[\d.]*(?:,\d+)*", "0", line).replace("─", "").strip(" ;,")
+        return re.sub(r"0(?:, (?:then )?0)+", "0", line)  # a number for each step
+
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    listed = readme[readme.index("<!-- demo -->") :].split("```")[1].splitlines()[1:]
+    printed = {" ".join(form(line).split()) for line in shown[1].splitlines()}
+    for line in filter(str.strip, listed):
+        assert " ".join(form(line).split()) in printed, line
