@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import imageio.v3 as imageio
@@ -30,6 +31,7 @@ from tether.pipeline.control import (
     ControlEvalConfig,
     ControlEvaluation,
     Player,
+    _device,
     _show,
     build_control,
     evaluate_control,
@@ -126,6 +128,21 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("OMP_NUM_THREADS", "1")
         yield Commands(tmp_path_factory.mktemp("logs"))
+
+
+@pytest.mark.parametrize(("shape", "expected"), [((4,), "cpu"), ((3, 8, 8), "cuda")], ids=["vector", "image"])
+def test_small_controllers_on_vectors_stay_on_the_cpu(
+    shape: tuple[int, ...], expected: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tether.pipeline.control.choose_device", lambda device: {"auto": "cuda"}.get(device, device))
+    environments: Any = SimpleNamespace(observation_space=SimpleNamespace(shape=shape))
+    assert _device(settings(folder, "CartPole-v1"), environments) == expected
+    assert _device(settings(folder, "CartPole-v1", device="cuda:1"), environments) == "cuda:1"
+
+
+def test_the_device_that_was_taken_is_written_down(tmp_path: Path) -> None:
+    with train_control(settings(tmp_path, "CartPole-v1"), progress=False).world.environments:
+        assert read_config(tmp_path / "run")["device"] == "cpu"
 
 
 def start(folder: Path, kind: str, run: Path) -> list[str]:
