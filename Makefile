@@ -60,7 +60,8 @@ OF_PROCESSORS := tests/language tests/ppo tests/test_semantics.py tests/test_bri
 	tests/pipeline/test_ppo.py tests/pipeline/test_architectures.py tests/pipeline/test_lora.py
 
 test-avx2: sync
-	$(CAPPED) TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d) $(PYTEST) -m "not slow" $(OF_PROCESSORS) $(ARGS)
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; export TORCHINDUCTOR_CACHE_DIR=$$folder; \
+		$(CAPPED) $(PYTEST) -m "not slow" $(OF_PROCESSORS) $(ARGS)
 
 # The pictures' packages at the lock file's versions, whichever torch is installed: `uv sync` would replace TORCH=cpu's.
 bench: sync
@@ -107,7 +108,8 @@ ifeq ($(TORCH),cpu)
 		-r .venv/requirements.txt -c .venv/constraints.txt "$(TORCH_SPEC)" -e . \
 		|| sh .ci/why-not https://download.pytorch.org/whl/cpu/torch/ \
 			"\`make sync TORCH=default\` takes the registry's torch, TORCH_SPEC=path/to/torch.whl one that you have"
-	@unneeded=$$($(UV) pip freeze --python .venv | sed -n 's/^\(\(nvidia\|cuda\)-[^= ]*\|triton\)[= ].*/\1/p'); \
+	@ours=$$(sed -n 's/^name = "\(\(nvidia\|cuda\)-[^"]*\|triton\)"$$/\1/p' uv.lock); \
+		unneeded=$$($(UV) pip freeze --python .venv | sed 's/[= ].*//' | grep -Fx "$$ours" || true); \
 		[ -z "$$unneeded" ] || $(UV) pip uninstall --quiet --python .venv $$unneeded
 else
 	@echo "installing into .venv"

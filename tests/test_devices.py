@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -27,6 +29,10 @@ def test_a_device_that_cannot_be_used_is_said_in_one_line(device: str) -> None:
         choose_device(device)
 
 
-def test_what_a_call_waits_for_does_not_count() -> None:
-    assert busy_seconds(lambda: sum(range(100_000)), torch.device("cpu")) > 0
-    assert busy_seconds(lambda: None, torch.device("cpu")) < 0.05
+def test_on_the_cpu_the_process_s_own_time_counts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1.0, 3.5])
+    monkeypatch.setattr(time, "process_time", lambda: next(clock))
+    monkeypatch.setattr(time, "perf_counter", None)
+    called: list[bool] = []
+    assert busy_seconds(lambda: called.append(True), torch.device("cpu")) == 2.5
+    assert called == [True]

@@ -37,7 +37,7 @@ def rounded(value: float, error: float | None) -> str:
     if not math.isfinite(value):
         return "-" if math.isnan(value) else str(value)
     decimals = _decimals(error, 2) if _known(error) else _decimals(value, 3)
-    return f"{round(value, decimals):,.{max(0, decimals)}f}"
+    return f"{round(value, decimals) + 0.0:,.{max(0, decimals)}f}"  # no -0.00
 
 
 def share(successes: float, count: float) -> str:

@@ -219,3 +219,16 @@ def test_what_is_asked_comes_back_in_its_place() -> None:
     log_probs, kl = compare(world.policy.reader, world.reference, *asked, torch.tensor([5, 0]))
     assert kl.isnan().any(dim=1).tolist() == [False, True, True, True, True, False]
     torch.testing.assert_close(log_probs, batch.reference_log_probs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["reference", "policy"])
+def test_a_model_that_gives_nan_is_named(which: str) -> None:
+    world = make_world()
+    model = world.reference.model if which == "reference" else world.policy.model
+    weight = model.get_output_embeddings().weight
+    drawn = world.collect()
+    with torch.no_grad():
+        weight[0] = math.nan
+    arguments = (world._batch.prompts, world._batch.samples, torch.zeros(len(drawn)))
+    with pytest.raises(FloatingPointError, match="gives nan for what was drawn"):
+        world._trajectories(*arguments)

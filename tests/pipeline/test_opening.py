@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,8 @@ from tether.language.adapters import LoRAConfig
 from tether.language.sampler import SamplingConfig
 from tether.language.world import CollectConfig
 from tether.pipeline.control import ControlConfig, build_control, train_control
-from tether.pipeline.opening import describe_control, describe_ppo
+from tether.pipeline.opening import describe_control
+from tether.pipeline.opening_language import describe_ppo
 from tether.pipeline.ppo import Parts, PPOConfig, build_ppo, train_ppo
 from tether.ppo import AdvantageConfig, KLConfig, LearnerConfig
 from tether.rewards import RewardsConfig
@@ -141,3 +144,8 @@ def test_training_from_python_shows_its_progress(
     said = capsys.readouterr().out
     assert ("making 1 environment of CartPole-v1 …" in said) == shown
     assert ("iteration 1/1  steps" in said) == shown
+
+
+def test_control_needs_no_transformers() -> None:
+    code = "import sys, tether.pipeline.control; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -305,3 +305,8 @@ def test_the_bar_shows_its_numbers_whole_at_any_width(width: int, monkeypatch: p
     console.print(display._render())
     bar = console.file.getvalue().splitlines()[-1]  # type: ignore[attr-defined]
     assert re.fullmatch(r"iteration [━╸╺ ]*12345/100000 -?[\d:-]+ .*\d+ d( \d+ h)? left *", bar), bar
+
+
+def test_a_much_smaller_number_gets_the_decimals_that_it_needs() -> None:
+    form = Format("score")
+    assert [form(value) for value in (-1500.0, -812.4, -0.4, -12.0)] == ["-1,500", "-812", "-0.400", "-12.000"]

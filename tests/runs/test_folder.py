@@ -213,3 +213,19 @@ def test_metrics_of_equal_runs_are_equal_bytes(tmp_path: Path) -> None:
     line = json.loads((tmp_path / "a" / "metrics.jsonl").read_text())
     assert list(line) == ["iteration", "score", "kl", "time/collect", "memory/collect"]
     assert re.fullmatch("0.30000000000000004", repr(line["score"]))
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "notes.json", "frontier.json", "unscored.jsonl"])
+def test_what_is_there_without_a_start_or_cost_something_is_not_replaced(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("# by hand\n")
+    with pytest.raises(UserError, match="holds a run already"):
+        Run.create(tmp_path, {})
+    assert (tmp_path / name).read_text() == "# by hand\n"
+
+
+def test_a_start_that_failed_is_replaced_and_its_log_goes_on(tmp_path: Path) -> None:
+    for name in ("config.yaml", "starts.jsonl", "console.log"):
+        (tmp_path / name).write_text("first\n")
+    Run.create(tmp_path, {"seed": 1}).close()
+    assert read_config(tmp_path) == {"seed": 1}
+    assert (tmp_path / "console.log").read_text() == (tmp_path / "starts.jsonl").read_text() == "first\n"

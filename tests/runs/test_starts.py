@@ -92,3 +92,30 @@ def test_every_start_is_a_line(tmp_path: Path) -> None:
         append_start(tmp_path, {"iteration": iteration})
     lines = (tmp_path / "starts.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (["--reward.options", '{"api_key": "sk-1", "k": 2}'], ["--reward.options", f'{{"api_key": "{MASK}", "k": 2}}']),
+        (["--header", "Authorization: Bearer sk-1"], ["--header", f"Authorization: {MASK}"]),
+        (["--auth", "Bearer sk-1"], ["--auth", MASK]),
+        (["--api-keys", "a", "b", "--seed", "1"], ["--api-keys", MASK, MASK, "--seed", "1"]),
+        (["--tokenizer", "folder"], ["--tokenizer", "folder"]),
+    ],
+)
+def test_other_ways_to_write_a_secret_are_masked_too(given: list[str], shown: list[str]) -> None:
+    assert masked(["tether", *given]) == ["tether", *shown]
+
+
+def test_a_torn_line_does_not_swallow_the_next(tmp_path: Path) -> None:
+    (tmp_path / "starts.jsonl").write_text('{"iteration": 0')
+    append_start(tmp_path, {"iteration": 3})
+    assert (tmp_path / "starts.jsonl").read_text() == '{"iteration": 0\n{"iteration": 3}\n'
+
+
+def test_a_working_folder_that_is_gone_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert describe_start(torch.device("cpu"))["folder"] is None

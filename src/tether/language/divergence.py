@@ -20,8 +20,9 @@ from tether.language.reading import Reader
 from tether.language.reference import Reference
 
 TOKENS_AT_ONCE = 16384  # that go through a model, padding included
-FEW_TOKENS = 2048  # and where logits (n, V) of two models are held at once
+FEW_TOKENS = 2048  # the same, where logits (n, V) of two models are in memory
 LOGITS_AT_ONCE = 2**22  # of each of two models, 16 MiB: few enough for the caches, enough for fast products
+FEWEST_AT_ONCE = 64  # tokens: the output layer's weights are cast for each such part where they are not float32
 
 
 @torch.no_grad()
@@ -85,7 +86,7 @@ def _by_states(
     """Log π_ref (n,) and KL (n,) from the output layers of both models and the states (n, H) that they are given."""
     (head, hidden), (own_head, own_hidden) = policy, reference
     support, tokens = None if context.support is None else context.support[mask], actions[mask]
-    size = max(1, LOGITS_AT_ONCE // len(head.layer.weight))
+    size = max(FEWEST_AT_ONCE, LOGITS_AT_ONCE // len(head.layer.weight))
     log_probs, kl = (torch.zeros(len(tokens), device=mask.device) for _ in range(2))
     for start in range(0, len(tokens), size):
         some = slice(start, start + size)

@@ -34,7 +34,7 @@ def _by_onednn(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _onednn_multiplies(dtype: torch.dtype) -> bool:
-    """Whether oneDNN does so on this processor with the instructions that it may use: it is tried."""
+    """Whether oneDNN can multiply this type here. Tries it."""
     if not torch.backends.mkldnn.is_available():
         return False
     ones = torch.ones(2, 2, dtype=dtype)
@@ -97,14 +97,14 @@ def low_precision() -> bool:
 def bfloat16_pays(model: PreTrainedModel) -> bool:
     """Whether products in bfloat16 take clearly less time here than in float32.
 
-    That is measured in a fraction of a second, forward and backward, on a layer of the size of the model's largest but
-    for its output layer: a processor may have instructions for bfloat16 and be slower with them.
+    Measures, in a fraction of a second, a layer as large as the model's largest, output layer excluded, forward and
+    backward: a processor may have instructions for bfloat16 and be slower with them.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
     sizes = [layer.weight.shape for layer in layers if layer is not model.get_output_embeddings()]
     outputs, features = max(sizes, key=math.prod)
     device = model.device
-    if device.type == "cpu" and torch.bfloat16 not in ONEDNN:
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and torch.bfloat16 not in ONEDNN):
         return False
     layer = nn.utils.skip_init(FastLinear, features, outputs, bias=False, device=device)  # draws no random numbers
     nn.init.ones_(layer.weight)

@@ -64,7 +64,7 @@ class CollectConfig:
     sampling" of DAPO). Needs at least 2 responses to each."""
     kl_responses: int = 64
     """Responses of each iteration, spread evenly over it, at whose states KL(π‖π_ref) is summed over the whole
-    vocabulary, for the metric `kl`. It costs about as much as the reference does."""
+    vocabulary, for the metric `kl`. It costs about as much as the reference does, and memory for a state per token."""
     max_draws: int = 10
     """With `filter_prompts`: how often to draw for one batch; if prompts are still missing then, ones whose responses
     all score alike fill it."""
@@ -243,6 +243,10 @@ class LanguageWorld:
         compared = torch.arange(count := min(config.kl_responses, len(mask)), device=device) * len(mask) // count
         with self.policy.precision():
             reference, kl = compare(self.policy.reader, self.reference, context, actions, mask, compared)
+        if bool(reference[mask].isnan().any() | kl[compared][mask[compared]].isnan().any()):
+            raise FloatingPointError(
+                "the reference or the policy gives nan for what was drawn: look at their weights, or take dtype float32"
+            )
         shaped = scale_and_clip(scores, config.score_scale, config.score_clip)
         shaped = shaped - config.missing_eos_penalty * ~samples.terminated
         if config.overlong_buffer:
@@ -284,6 +288,7 @@ class LanguageWorld:
         total = torch.tensor(batch.scores.total, dtype=torch.float64)
         mask, lengths = trajectories.mask, trajectories.mask.sum(dim=1).double()
         assert trajectories.reference_log_probs is not None
+        assert trajectories.groups is not None
         k1 = (estimate_kl(trajectories.log_probs, trajectories.reference_log_probs, "k1") * mask).sum(dim=1).double()
         tokens = float(lengths.sum())
         metrics = {
@@ -291,7 +296,7 @@ class LanguageWorld:
             "score_std": float(total.std(correction=0)),
             "reward": float((trajectories.rewards * mask).sum(dim=1).mean()),
             **_kl_metrics(trajectories),
-            **_mean("kl_k1", k1),
+            **_mean("kl_k1", k1, trajectories.groups),
             "response_length": float(lengths.mean()),
             "response_length_max": float(lengths.max()),
             "eos_share": float(batch.samples.terminated.double().mean()),
@@ -437,16 +442,25 @@ class LanguageWorld:
 def _kl_metrics(trajectories: Trajectories) -> dict[str, float]:
     """KL(π‖π_ref) per response, over the whole vocabulary at the states it visited, with its standard error."""
     assert trajectories.kl_to_reference is not None
+    assert trajectories.groups is not None
     nats = trajectories.kl_to_reference.masked_fill(~trajectories.mask, 0.0).sum(dim=1).double()
     measured = ~nats.isnan()
     tokens = int(trajectories.mask[measured].sum())
-    return _mean("kl", nats[measured]) | {"kl_per_token": float(nats[measured].sum()) / tokens}
+    per_token = {"kl_per_token": float(nats[measured].sum()) / tokens}
+    return _mean("kl", nats[measured], trajectories.groups[measured]) | per_token
 
 
-def _mean(name: str, values: Tensor) -> dict[str, float]:
-    """Mean of `values` (n,) and its standard error s/√n, which takes two at least."""
+def _mean(name: str, values: Tensor, groups: Tensor) -> dict[str, float]:
+    """Mean of `values` (n,) and its standard error s/√m over m groups (n,), within which values depend on each other.
+
+    Without a second group there is no error.
+    """
     mean = {name: float(values.mean())}
-    return mean if len(values) < 2 else mean | {f"{name}_error": float(values.std()) / math.sqrt(len(values))}
+    _, place, sizes = groups.unique(return_inverse=True, return_counts=True)
+    if len(sizes) < 2:
+        return mean
+    means = torch.zeros(len(sizes), dtype=values.dtype, device=values.device).index_add_(0, place, values) / sizes
+    return mean | {f"{name}_error": float(means.std()) / math.sqrt(len(sizes))}
 
 
 def turns_of(messages: Messages) -> Messages:

@@ -377,7 +377,7 @@ def _percent(exam: Exam) -> str:
 
 
 def _show_answers(console: Console, exam: Exam) -> None:
-    answers = "  ".join(f"{text!r} {score:+.0f}" for text, score in exam.answers).replace("-", "−")
+    answers = "  ".join(f"{text!r} {'+1' if score > 0 else '−1'}" for text, score in exam.answers)
     console.print(
         f'   "{question(FIRST_QUESTION)}", one of the sums to practise, asked {len(exam.answers)} times: {answers}\n'
         f"   the right answer has probability {exam.probability:.3f}\n"

@@ -21,7 +21,8 @@ from tether.language.models import load_causal_lm, load_tokenizer
 from tether.language.policy import LanguagePolicy
 from tether.language.prompts import Prompt, PromptsConfig, load_prompts, prompts_from_rows
 from tether.language.sampler import Sampler, SamplingConfig
-from tether.pipeline.opening import count, describe_policy, describe_tokenizer
+from tether.pipeline.opening import count
+from tether.pipeline.opening_language import describe_policy, describe_tokenizer
 from tether.pipeline.progress import Tally
 from tether.pretrained import check_vocabulary, context_length
 

@@ -35,7 +35,7 @@ from tether.language.sampler import Sampler, SamplingConfig
 from tether.language.world import CollectConfig, LanguageWorld
 from tether.memory import keep_freed_memory
 from tether.pipeline.frontier import FrontierConfig, draw_frontier
-from tether.pipeline.opening import describe_ppo
+from tether.pipeline.opening_language import describe_ppo
 from tether.pipeline.progress import Progress
 from tether.pipeline.training import Trained, restore, train_in_folder
 from tether.pipeline.value_model import critic_from_reward_model
@@ -73,7 +73,7 @@ class PPOConfig:
     autocast: bool | None = None
     """Multiply matrices in bfloat16; parameters, gradients, logits, values and losses stay in `dtype`. None: a
     measurement at the start decides for models of 5 million parameters or more; below that it saves no time. What was
-    decided is written to config.yaml, and a resumed run keeps to it."""
+    decided is written to config.yaml, and a resumed run keeps to it. Set it to get the same numbers on any machine."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
     compile: bool = False

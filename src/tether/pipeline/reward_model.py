@@ -30,7 +30,8 @@ from tether.language.layers import checkpointed_layers
 from tether.language.preferences import Preference, Preferences, PreferencesConfig, load_preferences
 from tether.pipeline.agreement import Evaluation, evaluate_scores, mean
 from tether.pipeline.comparisons import TokenizedPairs, accumulate_gradients, score_pairs, tokenize_pairs
-from tether.pipeline.opening import aligned, count, describe_device, describe_model, describe_tokenizer
+from tether.pipeline.opening import aligned, count, describe_device
+from tether.pipeline.opening_language import describe_model, describe_tokenizer
 from tether.pipeline.supervised import Batch, Optimizer, Report, SupervisedConfig, longest_text, plan_batches
 from tether.rewards.classifiers import load_classifier
 from tether.rewards.models import MEMBER
@@ -154,12 +155,9 @@ def train_reward_model(config: RewardModelConfig, report: Report | None = None, 
     plans = [plan_batches(len(data.train), config, order) for order in orders]
     total = sum(map(len, plans))
     folder = Path(config.output) / MODEL_FOLDER
-    with (
-        Run.create(config.output, config_to_dict(config), overwrite=config.overwrite) as run,
-        recorded(run.folder, model.device),
-        ExitStack() as stack,
-    ):
+    with Run.create(config.output, config_to_dict(config), overwrite=config.overwrite) as run, ExitStack() as stack:
         display = stack.enter_context(Display(total, SHOWN, unit="step")) if show else None
+        stack.enter_context(recorded(run.folder, model.device))  # after the display, whose table it shall not hear
         if display is not None:
             display.note("\n".join(_opening(config, model, tokenizer, data, total)))
             if data.held_out is not None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from tether.errors import UserError
 from tether.language.rows import Row, load_rows
 from tether.pipeline.generate import check_output, open_rows, write_row
-from tether.pipeline.opening import describe_policy
+from tether.pipeline.opening_language import describe_policy
 from tether.pipeline.progress import Tally
 from tether.rewards.models import RewardModel
 from tether.uncertainty import rounded, with_error

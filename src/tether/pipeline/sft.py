@@ -25,7 +25,8 @@ from tether.language.layers import checkpointed_layers
 from tether.language.models import Quantization, check_quantization, load_tokenizer, load_trainable, prepare_tokenizer
 from tether.language.packing import TokenizedSamples, check_packing
 from tether.language.rows import load_rows
-from tether.pipeline.opening import aligned, count, describe_device, describe_model, describe_tokenizer
+from tether.pipeline.opening import aligned, count, describe_device
+from tether.pipeline.opening_language import describe_model, describe_tokenizer
 from tether.pipeline.samples import Row, RowFormat, tokenize_rows
 from tether.pipeline.supervised import Batch, Optimizer, Report, SupervisedConfig, longest_text, plan_batches
 from tether.pretrained import check_vocabulary
@@ -124,12 +125,9 @@ def sft(config: SFTConfig, report: Report | None = None, show: bool = False) -> 
     data = _prepare(model, tokenizer, rows, eval_rows, config, names)
     batches = _plan(data.train, config)
     folder = Path(config.output) / "policy"
-    with (
-        Run.create(config.output, config_to_dict(config), overwrite=config.overwrite) as run,
-        recorded(run.folder, model.device),
-        ExitStack() as stack,
-    ):
+    with Run.create(config.output, config_to_dict(config), overwrite=config.overwrite) as run, ExitStack() as stack:
         display = stack.enter_context(Display(len(batches), SHOWN, unit="step")) if show else None
+        stack.enter_context(recorded(run.folder, model.device))  # after the display, whose table it shall not hear
         if display is not None:
             display.note("\n".join(_opening(config, model, tokenizer, data, len(batches))))
             if data.held_out is not None:

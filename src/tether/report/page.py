@@ -19,6 +19,7 @@ from .run import RunData, Verdict, verdict
 from .style import STYLE
 from .text import escape, shorten
 
+KL = {"kl": [("kl", "KL"), ("kl_k1", "by the drawn tokens, which the alarm reads")], "kl_k1": [("kl_k1", "KL")]}
 ALARMS = {"kl": "KL", "length": "length", "entropy": "entropy", "gap": "score against gold"}
 FRONTIER_POINTS = 60  # of the run's line; more would cover each other
 PROMPT, RESPONSE = (120, 300), (900, 200)  # characters shown of the start and of the end
@@ -229,7 +230,7 @@ def _iterations(data: RunData) -> str:
         (
             "What it costs",
             [
-                ("KL", "to the reference, nats per response", [(data.kl, "KL")]),
+                ("KL", "to the reference, nats per response", KL[data.kl]),
                 ("length", "tokens per response", [("response_length", "mean")]),
                 ("length", "steps per episode", [("episode_length", "mean")]),
                 ("entropy", "nats per step", [("entropy", "entropy")]),

@@ -22,7 +22,7 @@ import torch
 
 from tether.errors import UserError
 
-from .starts import STARTS_FILE, append_start, describe_start
+from .starts import STARTS_FILE, append_start, describe_start, without_secrets
 
 CONSOLE_FILE = "console.log"
 LONGEST_LINE = 10_000  # characters
@@ -103,7 +103,7 @@ class ConsoleLog:
         """Append a line, at once."""
         if self._descriptor is None:
             return
-        data = (text[:LONGEST_LINE] + "\n").encode("utf-8", "backslashreplace")
+        data = (without_secrets(text[:LONGEST_LINE]) + "\n").encode("utf-8", "backslashreplace")
         try:
             os.write(self._descriptor, data)
         except OSError as error:

@@ -236,7 +236,7 @@ def _cell(form: Format, name: str, metrics: Mapping[str, float]) -> str:
 
 
 class Format:
-    """How one metric's numbers are written, all alike: the first of them decides how many decimals they have.
+    """How one metric's numbers are written: the first decides the decimals, a much smaller one later gets more.
 
     Args:
         name: of the metric. Scores and rewards, which may be either, have a sign; learning rates an exponent; fractions
@@ -248,7 +248,8 @@ class Format:
         self._sign = "+" if name.startswith(("score", "reward")) else ""
         self._exponent = name == "learning_rate"
         self._fine = name == "approx_kl" or name.endswith("fraction")
-        self._decimals = 0 if name in COUNTS else None
+        self._whole = name in COUNTS
+        self._decimals = 0 if self._whole else None
 
     def __call__(self, value: float | None) -> str:
         """`-` for a metric that is missing."""
@@ -261,8 +262,9 @@ class Format:
             return str(value)
         if self._exponent or abs(value) >= 1e9:
             return f"{value:{self._sign}.2e}"
-        if self._decimals is None:
-            size = abs(value)
-            self._decimals = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 4 if self._fine else 3
+        size = abs(value)
+        if not self._whole and (self._decimals is None or 0 < size < 10 ** (1 - self._decimals)):  # one digit is few
+            wanted = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 4 if self._fine else 3
+            self._decimals = max(wanted, self._decimals or 0)
         rounded = round(value, self._decimals) + 0.0  # no -0.000
         return f"{rounded:{self._sign},.{self._decimals}f}"

@@ -105,7 +105,7 @@ class Run:
         try:
             if not overwrite:
                 refuse_run(folder)
-            _clear(folder)
+            _clear(folder, keep=() if overwrite else (STARTS_FILE, CONSOLE_FILE))
             replace_file(folder / CONFIG_FILE, dump_yaml(config).encode())
         except BaseException:
             lock.release()
@@ -262,23 +262,25 @@ def latest_checkpoint(folder: str | Path) -> tuple[int, Path] | None:
 def refuse_run(folder: Path) -> None:
     """UserError where the folder holds a run, for those who would start another there.
 
-    A run that failed before it had anything to keep, a configuration alone, is in nobody's way.
+    A run that was started and failed before it had anything to keep does not count.
     """
-    names = (METRICS_FILE, EPISODES_FILE, CHECKPOINTS_FOLDER, UNSCORED_FILE)
-    if any((folder / name).exists() for name in names):
+    names = (METRICS_FILE, EPISODES_FILE, CHECKPOINTS_FOLDER, UNSCORED_FILE, FRONTIER_FILE, NOTES_FILE)
+    failed = (folder / STARTS_FILE).exists()  # a configuration without a start may be the user's own
+    if any((folder / name).exists() for name in names) or ((folder / CONFIG_FILE).exists() and not failed):
         raise UserError(
             f"{folder}: holds a run already; go on with it by --resume, choose another folder, "
             "or replace it by --overwrite"
         )
 
 
-def _clear(folder: Path) -> None:
+def _clear(folder: Path, keep: Sequence[str]) -> None:
     for name in (CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER, FILMS_FOLDER):
         shutil.rmtree(folder / name, ignore_errors=True)
     databases = (EPISODES_FILE, f"{EPISODES_FILE}-wal", f"{EPISODES_FILE}-shm")
     derived = (UNSCORED_FILE, ALARMS_FILE, FRONTIER_FILE, REPORT_FILE, STARTS_FILE, CONSOLE_FILE, NOTES_FILE)
     for name in (CONFIG_FILE, METRICS_FILE, *derived, *databases):
-        (folder / name).unlink(missing_ok=True)
+        if name not in keep:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _measured_last(metrics: Mapping[str, Any]) -> dict[str, Any]:

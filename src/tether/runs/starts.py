@@ -25,8 +25,10 @@ STARTS_FILE = "starts.jsonl"
 PACKAGES = ("tether", "torch", "transformers")
 GIT_SECONDS = 5.0  # that git may take
 MASK = "***"
-_SECRET = re.compile("key|token|password|secret", re.IGNORECASE)
-_WITHIN = re.compile(r"([\w.-]*(?:key|token|password|secret)[\w.-]*=)[^&\s]+", re.IGNORECASE)  # x?api_key=…
+_NAMES = "key|token(?!iz)|passw|pwd|secret|auth|credential|bearer"  # of flags and fields that may hold one
+_SECRET = re.compile(_NAMES, re.IGNORECASE)
+_WITHIN = re.compile(rf"([\w.-]*(?:{_NAMES})[\w.-]*=)[^&\s]+", re.IGNORECASE)  # x?api_key=…
+_FIELD = re.compile(rf"([\w.-]*(?:{_NAMES})[\w.-]*[\"']?\s*:\s*[\"']?)(?:Bearer\s+)?[^&\s\"',}}]+", re.IGNORECASE)
 _LOGIN = re.compile(r"(\w://)[^/@\s]+@")
 
 
@@ -41,7 +43,7 @@ def describe_start(device: torch.device, iteration: int = 0) -> dict[str, Any]:
         "time": time.time(),
         "iteration": iteration,
         "command": shlex.join([_program(sys.argv[0]), *masked(sys.argv[1:])]),
-        "folder": os.getcwd(),
+        "folder": _working_folder(),
         "commit": _commit(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "machine": _machine(device),
@@ -50,8 +52,17 @@ def describe_start(device: torch.device, iteration: int = 0) -> dict[str, Any]:
 
 def append_start(folder: Path, start: dict[str, Any]) -> None:
     """Add a line. Raises OSError where it cannot be written."""
-    with (folder / STARTS_FILE).open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(start) + "\n")
+    file = folder / STARTS_FILE
+    torn = file.exists() and not file.read_bytes().endswith(b"\n")  # by a kill: a line of its own for the next
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(("\n" if torn else "") + json.dumps(start) + "\n")
+
+
+def _working_folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it has been removed
+        return None
 
 
 def _program(path: str) -> str:
@@ -63,23 +74,27 @@ def _program(path: str) -> str:
 def masked(arguments: Sequence[str]) -> list[str]:
     """A command line, with *** for each value that may be a secret.
 
-    That is the value of a flag whose name holds key, token, password or secret, unless it only counts tokens; the
-    same within a value (`judge?api_key=…`); and a login within an address.
+    That is all values of a flag whose name may stand for one (key, token, password, auth, …), unless it only counts
+    tokens; the same within a value (`judge?api_key=…`, `{"token": …}`); and a login within an address.
     """
     shown: list[str] = []
     hides_next = False
     for word in arguments:
         name, equals, value = word.partition("=")
         if hides_next and not word.startswith("--"):
-            hides_next = False
             shown.append(word if _counts(shown[-1], word) else MASK)
         elif word.startswith("--") and _SECRET.search(name):
             hides_next = not equals
             shown.append(word if not equals or _counts(name, value) else f"{name}={MASK}")
         else:
             hides_next = False
-            shown.append(_LOGIN.sub(rf"\1{MASK}@", _WITHIN.sub(rf"\1{MASK}", word)))
+            shown.append(without_secrets(_FIELD.sub(rf"\1{MASK}", word)))
     return shown
+
+
+def without_secrets(text: str) -> str:
+    """A text with *** for what stands behind `api_key=` and the like, and for logins within addresses."""
+    return _LOGIN.sub(rf"\1{MASK}@", _WITHIN.sub(rf"\1{MASK}", text))
 
 
 def _counts(name: str, value: str) -> bool:

@@ -123,8 +123,11 @@ class Catalogue:
             return _damaged(name, "its name is not UTF-8: rename the folder", folder)
         fault, config, notes = None, {}, Notes()
         try:
-            config = config_of(folder)
             notes = read_notes(folder)
+        except UserError as error:
+            fault = str(error).replace(f"{folder}/", "")
+        try:
+            config = config_of(folder)
         except UserError as error:
             fault = str(error).replace(f"{folder}/", "")
         log = self.log(folder)
