@@ -170,7 +170,7 @@ def test_the_readme_shows_what_the_command_prints(shown: tuple[Path, str]) -> No
         return re.sub(r"0(?:, (?:then )?0)+", "0", line)  # a number for each step
 
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    listed = readme[readme.index("What the demonstration prints") :].split("```")[1].splitlines()[1:]
+    listed = readme[readme.index("What it prints, shortened") :].split("```")[1].splitlines()[1:]
     printed = {" ".join(form(line).split()) for line in shown[1].splitlines()}
     for line in filter(str.strip, listed):
         assert " ".join(form(line).split()) in printed, line

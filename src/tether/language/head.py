@@ -57,7 +57,8 @@ class Head:
         handle = layer.register_forward_pre_hook(lambda *_: (hidden,))
         try:
             token = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
-            logits = model(input_ids=token, use_cache=False).logits.double().flatten()
+            asked = {"input_ids": token, "attention_mask": torch.ones_like(token)}  # 0 may be the id of padding
+            logits = model(**asked, use_cache=False).logits.double().flatten()
         finally:
             handle.remove()
         if plain.shape != logits.shape:

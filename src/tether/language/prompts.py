@@ -147,7 +147,7 @@ def _room(config: PromptsConfig, context_length: int | None, reserve: int) -> in
         return config.max_tokens
     if context_length - reserve < 1:
         raise UserError(
-            f"max_new_tokens is {reserve}, which leaves no room for a prompt in the model's context of "
+            f"sampling.max_new_tokens is {reserve}, which leaves no room for a prompt in the model's context of "
             f"{context_length} tokens: lower max_new_tokens"
         )
     room = context_length - reserve

@@ -423,6 +423,7 @@ def _what_next(console: Console, config: DemoConfig, trained: Trained[LanguageWo
         "--sampling.max-new-tokens 4\n"
         f"   tether studio {config.output}          every token on a web page\n"
         "   tether prove                      PPO where the optimum is known: how near does it come?\n"
-        "   tether ppo --model YOUR_MODEL --prompts.path prompts.jsonl --reward.functions rewards.py:score\n",
+        "   tether ppo --model my-model --prompts.path prompts.jsonl --reward.functions rewards.py:correct\n"
+        "   (with .venv/bin on the path: source .venv/bin/activate)\n",
         soft_wrap=True,  # a command that is broken in two cannot be pasted
     )
