@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tether.runs.starts import MASK, append_start, describe_start, masked
+from tether.runs.console import ConsoleLog
+from tether.runs.starts import MASK, append_start, describe_start, masked, without_secrets
+from tether.studio.runs import config_of
 
 CPU = torch.device("cpu")
 
@@ -119,3 +121,24 @@ def test_a_working_folder_that_is_gone_ends_no_run(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     assert describe_start(torch.device("cpu"))["folder"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://h/score?sig=abc&k=2", f"http://h/score?sig={MASK}&k=2"),
+        ("judge?url=https://u:p@ss@h/v1", f"judge?url=https://{MASK}@h/v1"),
+        ("error: http://h/v1?api_key=abc: refused", f"error: http://h/v1?api_key={MASK} refused"),
+        ("sigma=2, 16 tokens = up to 256", "sigma=2, 16 tokens = up to 256"),
+    ],
+)
+def test_texts_lose_their_secrets(text: str, shown: str) -> None:
+    assert without_secrets(text) == shown
+
+
+def test_neither_the_log_nor_the_pages_show_what_the_configuration_holds(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("reward:\n  functions: ['judge?api_key=hidden&model=m']\n")
+    assert config_of(tmp_path) == {"reward": {"functions": [f"judge?api_key={MASK}&model=m"]}}
+    with ConsoleLog(tmp_path / "console.log"):
+        print("reward judge?api_key=hidden failed")
+    assert "hidden" not in (tmp_path / "console.log").read_text()

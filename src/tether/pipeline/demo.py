@@ -81,6 +81,8 @@ class DemoConfig:
     """Threads of torch. None: its own number."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f"seed is {self.seed}, expected 0 or more, and below 2^62")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads is {self.threads}, expected at least 1")
         if self.largest < 9:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tether.runs import StoredEpisode
 from tether.runs.messages import prompt_text
+from tether.runs.starts import without_secrets
 from tether.uncertainty import NORMAL_95, rounded, with_error
 from tether.yaml_file import dump_yaml
 
@@ -354,5 +355,5 @@ def _shaded(episode: StoredEpisode) -> str:
 def _configuration(data: RunData) -> str:
     return (
         "<section><h2>Configuration</h2><details><summary>every setting of the run</summary>"
-        f"<pre>{escape(dump_yaml(data.config))}</pre></details></section>"
+        f"<pre>{escape(without_secrets(dump_yaml(data.config)))}</pre></details></section>"
     )

@@ -25,11 +25,13 @@ STARTS_FILE = "starts.jsonl"
 PACKAGES = ("tether", "torch", "transformers")
 GIT_SECONDS = 5.0  # that git may take
 MASK = "***"
-_NAMES = "key|token(?!iz)|passw|pwd|secret|auth|credential|bearer"  # of flags and fields that may hold one
+_NAMES = (
+    "key|token(?!iz)|passw|pwd|secret|auth|credential|bearer|sig(?:nature)?\\b"  # of flags and fields that may hold one
+)
 _SECRET = re.compile(_NAMES, re.IGNORECASE)
 _WITHIN = re.compile(rf"([\w.-]*(?:{_NAMES})[\w.-]*=)[^&\s]+", re.IGNORECASE)  # x?api_key=…
 _FIELD = re.compile(rf"([\w.-]*(?:{_NAMES})[\w.-]*[\"']?\s*:\s*[\"']?)(?:Bearer\s+)?[^&\s\"',}}]+", re.IGNORECASE)
-_LOGIN = re.compile(r"(\w://)[^/@\s]+@")
+_LOGIN = re.compile(r"(\w://)\S+@")  # to the last @: a password may hold one
 
 
 def describe_start(device: torch.device, iteration: int = 0) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from tether.runs.folder import (
 from tether.runs.labels import LABELS_SUFFIX
 from tether.runs.lock import is_held
 from tether.runs.notes import Notes, read_notes
+from tether.runs.starts import without_secrets
 from tether.yaml_file import read_yaml
 
 from .metrics import MetricsLog, Row
@@ -367,7 +368,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _plain(value: Any, left: list[int], depth: int, name: str) -> Any:
-    """YAML's data as JSON's: keys and dates as text. `left` counts down, as aliases can stand for billions of nodes."""
+    """YAML's data as JSON's: keys and dates as text, secrets masked. `left` counts down, as aliases can stand for billions of nodes."""
     left[0] -= 1
     if left[0] < 0 or depth > 50:
         raise UserError(f"{name}: more than {MOST_NODES:,} values, or nested too deeply, expected a configuration")
@@ -375,7 +376,9 @@ def _plain(value: Any, left: list[int], depth: int, name: str) -> Any:
         return {str(key): _plain(entry, left, depth + 1, name) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(entry, left, depth + 1, name) for entry in value]
-    if value is None or isinstance(value, (bool, str)):
+    if isinstance(value, str):
+        return without_secrets(value)
+    if value is None or isinstance(value, bool):
         return value
     if isinstance(value, (int, float)):
         return value if math.isfinite(value) else str(value)
