@@ -25,6 +25,7 @@ STARTS_FILE = "starts.jsonl"
 PACKAGES = ("tether", "torch", "transformers")
 GIT_SECONDS = 5.0  # that git may take
 MASK = "***"
+# of flags and fields that may hold a secret
 _NAMES = (
     "key|token(?!iz)|passw|pwd|secret|auth|credential|bearer|sig(?:nature)?\\b"  # of flags and fields that may hold one
 )

@@ -368,7 +368,10 @@ def _is_count(value: Any) -> bool:
 
 
 def _plain(value: Any, left: list[int], depth: int, name: str) -> Any:
-    """YAML's data as JSON's: keys and dates as text, secrets masked. `left` counts down, as aliases can stand for billions of nodes."""
+    """YAML's data as JSON's: keys and dates as text, secrets masked.
+
+    `left` counts down, as aliases can stand for billions of nodes.
+    """
     left[0] -= 1
     if left[0] < 0 or depth > 50:
         raise UserError(f"{name}: more than {MOST_NODES:,} values, or nested too deeply, expected a configuration")
