@@ -26,9 +26,7 @@ PACKAGES = ("tether", "torch", "transformers")
 GIT_SECONDS = 5.0  # that git may take
 MASK = "***"
 # of flags and fields that may hold a secret
-_NAMES = (
-    "key|token(?!iz)|passw|pwd|secret|auth|credential|bearer|sig(?:nature)?\\b"  # of flags and fields that may hold one
-)
+_NAMES = "key|token(?!iz)|passw|pwd|secret|auth|credential|bearer|sig(?:nature)?\\b"
 _SECRET = re.compile(_NAMES, re.IGNORECASE)
 _WITHIN = re.compile(rf"([\w.-]*(?:{_NAMES})[\w.-]*=)[^&\s]+", re.IGNORECASE)  # x?api_key=…
 _FIELD = re.compile(rf"([\w.-]*(?:{_NAMES})[\w.-]*[\"']?\s*:\s*[\"']?)(?:Bearer\s+)?[^&\s\"',}}]+", re.IGNORECASE)
