@@ -67,3 +67,8 @@ class TokenContext:
         mask = torch.arange(tokens.shape[1]) < lengths[:, None]
         starts = torch.tensor([len(p) for p in prompts])
         return cls(tokens.to(device), mask.to(device), starts.to(device), temperature, support)
+
+
+def spread(flat: Tensor, mask: Tensor) -> Tensor:
+    """(n,) values of the valid steps, in row order, laid out as (N, T) with 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)

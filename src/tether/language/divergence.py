@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tether.language.context import TokenContext
+from tether.language.context import TokenContext, spread
 from tether.language.head import Head, vocabulary_kl, vocabulary_log_probs
 from tether.language.reading import Reader
 from tether.language.reference import Reference
@@ -49,7 +49,7 @@ def compare(
     if head is None or own_head is None:
         for part in _parts(context.lengths, rows, FEW_TOKENS):
             nats = _kl_by_models(policy, reference, context.select(part), actions[part], mask[part])
-            kl[part] = _spread(nats, mask[part])
+            kl[part] = spread(nats, mask[part])
         with reference.as_model():
             return reference_log_probs(reference.reader, context, actions, mask), kl
     parts = list(_parts(context.lengths, rows, TOKENS_AT_ONCE))
@@ -62,7 +62,7 @@ def compare(
             drawn = context.select(part)
             own_hidden = reference.reader.states(drawn, mask[part])
             found = _by_states((head, hidden), (own_head, own_hidden), drawn, actions[part], mask[part])
-            log_probs[part], kl[part] = (_spread(flat, mask[part]) for flat in found)
+            log_probs[part], kl[part] = (spread(flat, mask[part]) for flat in found)
     return log_probs, kl
 
 
@@ -76,7 +76,7 @@ def reference_log_probs(
     everyone = torch.arange(len(mask), device=mask.device)
     for part in _parts(context.lengths, everyone, tokens_at_once):
         reading = reader.read(context.select(part), actions[part], mask[part])
-        result[part] = _spread(reading.log_probs, mask[part])
+        result[part] = spread(reading.log_probs, mask[part])
     return result
 
 
@@ -122,8 +122,3 @@ def _parts(lengths: Tensor, rows: Tensor, tokens_at_once: int) -> Iterator[Tenso
         part = rows[start : start + max(1, tokens_at_once // int(lengths[rows[start]]))]
         start += len(part)
         yield part
-
-
-def _spread(flat: Tensor, mask: Tensor) -> Tensor:
-    """(n,) values of the valid steps, in row order, laid out as (N, T) with 0 elsewhere."""
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, flat)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tether.language.context import TokenContext
+from tether.language.context import TokenContext, spread
 from tether.language.layers import LearningLayers
 from tether.language.norms import use_fast_norms
 from tether.language.products import bfloat16_products, use_fast_products
@@ -126,9 +126,9 @@ class LanguagePolicy(nn.Module):
                 own = self._critics_layout(context, layout)
                 hidden = self._trunk_states(own)[own.before(context, rows, steps)]
         return Evaluation(
-            log_probs=_spread(reading.log_probs, mask),
-            values=_spread(self.values_of(hidden), mask),
-            entropy=_spread(reading.entropy, mask),
+            log_probs=spread(reading.log_probs, mask),
+            values=spread(self.values_of(hidden), mask),
+            entropy=spread(reading.entropy, mask),
         )
 
     def values_of(self, hidden: Tensor) -> Tensor:
@@ -157,8 +157,3 @@ class LanguagePolicy(nn.Module):
         assert self.value_trunk is not None
         with self._trunk_layers.in_use():
             return self.value_trunk(**layout.inputs, use_cache=False).last_hidden_state  # rows, columns, H
-
-
-def _spread(flat: Tensor, mask: Tensor) -> Tensor:
-    """(n,) values of the valid steps, in row order, laid out as (N, T) with 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from tether.control.policy import StateContext
 from tether.errors import UserError
-from tether.language.context import TokenContext
+from tether.language.context import TokenContext, spread
 from tether.language.likeliest import likeliest
 from tether.language.policy import LanguagePolicy
 from tether.language.reading import output_head, plain_layout
@@ -129,9 +129,9 @@ class StepwisePolicy:
             torch.ones(int(mask.sum()), 1, dtype=torch.bool, device=mask.device),
         )
         return Evaluation(
-            log_probs=_spread(flat.log_probs, mask),
-            values=_spread(flat.values, mask),
-            entropy=_spread(flat.entropy, mask),
+            log_probs=spread(flat.log_probs, mask),
+            values=spread(flat.values, mask),
+            entropy=spread(flat.entropy, mask),
         )
 
     def to_environment(self, actions: Tensor) -> NDArray[Any]:
@@ -180,8 +180,3 @@ class LimitEnds(gymnasium.Wrapper[Any, Any, Any, Any]):
         """The environment's own, but for that."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         return observation, reward, terminated or truncated, False, info
-
-
-def _spread(flat: Tensor, mask: Tensor) -> Tensor:
-    """(n, 1) values of the valid steps, in row order, laid out as (N, T) with 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
