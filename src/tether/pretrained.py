@@ -5,7 +5,9 @@ Weights are read from safetensors only: those of pickles can run code.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Transformers draws no bars of its own for as long as this lasts: what is loaded is ours to say."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def check_dtype(dtype: str) -> None:
@@ -97,14 +113,19 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Raises UserError where the tokenizer knows ids that the model has no embedding for."""
-    embeddings: Any = model.get_input_embeddings()
-    rows = int(embeddings.weight.shape[0])
+    rows = embedding_rows(model)
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise UserError(
             f"{name}: the tokenizer has token ids up to {largest}, but the model embeds only {rows}; "
             "use the tokenizer that the model was trained with, or resize_token_embeddings"
         )
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Token ids that the model has an embedding for, those to spare for no token of the tokenizer among them."""
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.weight.shape[0])
 
 
 def context_length(model: PreTrainedModel) -> int | None:

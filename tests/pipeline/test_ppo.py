@@ -18,6 +18,7 @@ from tests.run_folders import assert_same_run, metric_lines, newest_checkpoint
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from tether.config import config_from_dict
 from tether.errors import RewardError, UserError
@@ -222,6 +223,31 @@ def test_the_kl_is_measured_against_another_model_where_one_is_named(tmp_path: P
     assert first.metrics["kl"] > 0.1
     own, learner = build_ppo(settings(tmp_path), parts())
     assert next(iterate(own, learner)).metrics["kl"] < 1e-6
+
+
+def test_a_reference_that_does_not_know_all_tokens_is_refused(tmp_path: Path) -> None:
+    other = make_model(seed=7)
+    other.resize_token_embeddings(other.get_input_embeddings().weight.shape[0] - 2)
+    other.save_pretrained(tmp_path / "reference")
+    config = settings(tmp_path, reference=ReferenceConfig(str(tmp_path / "reference")))
+    with pytest.raises(UserError, match=r"reference\.model: .* embeds \d+ tokens and the policy \d+"):
+        build_ppo(config, parts())
+
+
+def test_nothing_is_printed_where_no_progress_is_wanted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.enable_progress_bar()
+    try:
+        given = Parts(prompts=TEXTS, reward=letters_a)
+        capfd.readouterr()
+        train_ppo(settings(tmp_path, model=str(tmp_path / "model"), iterations=1), given, progress=False)
+        assert transformers_logging.is_progress_bar_enabled()  # as the user has it
+    finally:
+        if not shown:
+            transformers_logging.disable_progress_bar()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_prompts_may_be_rows_whose_columns_reach_the_reward(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from tether.studio import create_app
 
 
 def said(**changes: Any) -> dict[str, Any]:
-    return {"run": "ppo", "note": "worked\nat last", "tags": ["baseline", " two  words "]} | changes
+    words = {"run": "ppo", "note": "worked\nat last", "tags": ["baseline", " two  words "]}
+    return words | {"seen": {"note": "", "tags": []}} | changes
 
 
 def test_notes_are_kept_and_listed(tmp_path: Path) -> None:
@@ -30,7 +31,20 @@ def test_notes_are_kept_and_listed(tmp_path: Path) -> None:
     assert (page["note"], page["tags"]) == ("worked\nat last", ["baseline", "two words"])
     assert asking.get("/api/runs").json()["runs"][0]["tags"] == ["baseline", "two words"]
     assert "two words" in asking.get("/api/export/runs.csv").text
-    assert asking.post("/api/notes", json=said(note="", tags=[])).json() == {"note": "", "tags": []}
+    seen = {"note": page["note"], "tags": page["tags"]}
+    assert asking.post("/api/notes", json=said(note="", tags=[], seen=seen)).json() == {"note": "", "tags": []}
+
+
+def test_what_another_page_wrote_meanwhile_is_not_replaced_unseen(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "ppo")
+    asking = client(tmp_path)
+    assert asking.post("/api/notes", json=said(note="first")).status_code == 200
+    late = asking.post("/api/notes", json=said(note="second"))  # its page was opened before
+    assert (late.status_code, late.json().keys()) == (409, {"error"})
+    assert read_notes(folder).note == "first"
+    seen = {"note": "first", "tags": ["baseline", "two words"]}
+    assert asking.post("/api/notes", json=said(note="second", seen=seen)).status_code == 200
+    assert read_notes(folder).note == "second"
 
 
 @pytest.mark.parametrize(
@@ -47,6 +61,7 @@ def test_notes_are_kept_and_listed(tmp_path: Path) -> None:
         ({"tags": [str(n) for n in range(101)]}, 422),
         ({"tags": "baseline"}, 422),
         ({"other": 1}, 422),
+        ({"seen": None}, 422),
     ],
 )
 def test_what_does_not_fit_is_one_line_and_changes_nothing(

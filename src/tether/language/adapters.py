@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tether.errors import UserError, reason
+from tether.pretrained import without_bars
 
 POLICY = "default"  # the name of the adapter that is trained
 REFERENCE = "reference"  # and of a frozen one beside it
@@ -223,7 +224,8 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
     """A plain Hugging Face folder; of a model with adapters, a folder of the trained adapters alone."""
-    model.save_pretrained(folder)
+    with without_bars():
+        model.save_pretrained(folder)
     if not has_adapters(model):
         return
     # peft keeps names of layers in sets, whose order differs from one process to the next

@@ -26,7 +26,15 @@ from transformers import (
 from tether.devices import choose_device
 from tether.errors import UserError, reason
 from tether.language.adapters import LoRAConfig, base_of, give_adapters, has_adapters, merge_adapters, read_adapters
-from tether.pretrained import DTYPES, check_dtype, check_finite, check_folder, check_tokenizer, check_weight_files
+from tether.pretrained import (
+    DTYPES,
+    check_dtype,
+    check_finite,
+    check_folder,
+    check_tokenizer,
+    check_weight_files,
+    without_bars,
+)
 
 log = logging.getLogger(__name__)
 
@@ -95,15 +103,16 @@ def load_causal_lm(
     check_dtype(dtype)
     quantized = _quantized(quantization, dtype, device)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=DTYPES[dtype],
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported below, by name
-            trust_remote_code=trust_remote_code,
-            **quantized,
-        )
+        with without_bars():
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=DTYPES[dtype],
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are reported below, by name
+                trust_remote_code=trust_remote_code,
+                **quantized,
+            )
     except Exception as error:  # transformers and safetensors raise whatever their parsers raise
         raise UserError(f"{path}: no causal language model could be loaded ({reason(error)})") from error
     missing = sorted(loading["missing_keys"])

@@ -40,7 +40,7 @@ from tether.pipeline.progress import Progress
 from tether.pipeline.training import Trained, restore, train_in_folder
 from tether.pipeline.value_model import critic_from_reward_model
 from tether.ppo import AdvantageConfig, KLConfig, KLController, Learner, LearnerConfig
-from tether.pretrained import check_vocabulary, context_length
+from tether.pretrained import check_vocabulary, context_length, embedding_rows
 from tether.rewards import Rewards, RewardsConfig
 from tether.rewards.functions import Functions
 from tether.rewards.tasks import ProblemsConfig, Task
@@ -270,8 +270,8 @@ def _whole(
     config: PPOConfig, parts: Parts, base: PreTrainedModel, checkpoint: Path | None
 ) -> tuple[PreTrainedModel, Reference]:
     """The model all of which is trained, where `checkpoint` left it, and the reference beside it."""
-    named = config.reference.model
-    reference = ModelReference(_load(config, named) if named else copy.deepcopy(base), config.reference)
+    own = _named_reference(config, base) if config.reference.model else copy.deepcopy(base)
+    reference = ModelReference(own, config.reference)
     if checkpoint is None:
         return base, reference
     model = _load(config, str(checkpoint / "policy"))
@@ -287,7 +287,7 @@ def _adapted(
     """The model with the adapters that are trained, where `checkpoint` left them, and the reference within it."""
     reference: Reference
     if config.reference.model:
-        reference = ModelReference(_load(config, config.reference.model), config.reference)
+        reference = ModelReference(_named_reference(config, base), config.reference)
     else:
         trained = parts.model is None and base_of(config.model) is not None
         reference = AdapterReference(base, config.reference, trained)
@@ -328,6 +328,18 @@ def _gold(config: PPOConfig, parts: Parts) -> Rewards | None:
     if parts.gold is None and not config.gold.functions:
         return None
     return Rewards(config.gold, parts.gold, section="gold")
+
+
+def _named_reference(config: PPOConfig, base: PreTrainedModel) -> PreTrainedModel:
+    """The model of `reference.model`, which must know every token that the policy can draw."""
+    model = _load(config, config.reference.model or "")
+    known, drawn = embedding_rows(model), embedding_rows(base)
+    if known < drawn:
+        raise UserError(
+            f"reference.model: {config.reference.model} embeds {known:,} tokens and the policy {drawn:,}, so that it "
+            "cannot score all that is drawn; name a reference with the policy's tokenizer, or resize_token_embeddings"
+        )
+    return model
 
 
 def _load(config: PPOConfig, path: str) -> PreTrainedModel:

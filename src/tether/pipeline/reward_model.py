@@ -33,6 +33,7 @@ from tether.pipeline.comparisons import TokenizedPairs, accumulate_gradients, sc
 from tether.pipeline.opening import aligned, count, describe_device
 from tether.pipeline.opening_language import describe_model, describe_tokenizer
 from tether.pipeline.supervised import Batch, Optimizer, Report, SupervisedConfig, longest_text, plan_batches
+from tether.pretrained import without_bars
 from tether.rewards.classifiers import load_classifier
 from tether.rewards.models import MEMBER
 from tether.rewards.normalisation import Combine, Normalisation
@@ -214,7 +215,8 @@ class _Members:
         place = _partial(self.folder)
         if self.config.members > 1:
             place = place / MEMBER.format(len(self.reference))
-        model.save_pretrained(place)
+        with without_bars():
+            model.save_pretrained(place)
         self.tokenizer.save_pretrained(place)
         normalisation.save(place)
         self.reference.append(scores)

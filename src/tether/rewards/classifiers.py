@@ -21,6 +21,7 @@ from tether.pretrained import (
     check_tokenizer,
     check_vocabulary,
     check_weight_files,
+    without_bars,
 )
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def load_classifier(
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has neither a pad nor an eos token; set one of them")
     try:
-        with torch.random.fork_rng(devices=[]):  # the head that is drawn here is drawn again below
+        with without_bars(), torch.random.fork_rng(devices=[]):  # the head that is drawn here is drawn again below
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 path,
                 num_labels=1,

@@ -19,9 +19,9 @@ def episode_table(episode: Episode, rows: int | None = None) -> Table:
         rows: at most so many steps, those of the start and of the end; None: all.
     """
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    # a narrow terminal cuts states, never numbers
+    # a narrow terminal breaks states into lines and cuts nothing
     table.add_column("step", justify="right", no_wrap=True, min_width=4)
-    table.add_column("state", no_wrap=True)
+    table.add_column("state", overflow="fold")
     table.add_column("action", style="bold", no_wrap=True, min_width=6)
     names = ["log π"] + (["KL"] if episode.reference_log_probs else []) + ["V(s)", "reward", "advantage", "return"]
     for name in names:

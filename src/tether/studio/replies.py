@@ -33,10 +33,14 @@ class UnfitError(UserError):
     """A value that can be read and not be used."""
 
 
+class ConflictError(UserError):
+    """Something has changed since the page read it."""
+
+
 DAMAGED = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, StopIteration)
 """What reading data of the wrong form raises."""
 
-STATUS: dict[type[UserError], int] = {NotFoundError: 404, ForbiddenError: 403, UnfitError: 422}
+STATUS: dict[type[UserError], int] = {NotFoundError: 404, ForbiddenError: 403, UnfitError: 422, ConflictError: 409}
 
 
 class Json(Response):

@@ -7,7 +7,7 @@ from tests.studio.browser.conftest import Studio, drawn
 from tests.studio.browser.made import MARKUP, make_seeds
 
 from tether.runs import Run, read_metrics
-from tether.runs.notes import Notes, read_notes
+from tether.runs.notes import Notes, read_notes, write_notes
 
 
 def test_notes_and_tags_are_written_kept_and_lead_to_runs_like_it(studio: Studio) -> None:
@@ -48,6 +48,24 @@ def test_notes_that_do_not_fit_are_told_and_nothing_is_lost(studio: Studio) -> N
     page.get_by_role("button", name="Cancel").click()
     expect(page.get_by_role("button", name="Add notes")).to_be_visible()
     studio.faults.clear()  # the browser notes the answer 422
+
+
+def test_notes_of_two_pages_are_shown_before_one_replaces_the_other(studio: Studio) -> None:
+    folder = studio.root / "twice"
+    make_seeds(folder)
+    page = studio.open("/run?run=twice/old")
+    page.get_by_role("button", name="Add notes").click()
+    write_notes(folder / "old", Notes("by another page", ("theirs",)))
+    page.get_by_label("Note", exact=True).fill("mine")
+    page.get_by_role("button", name="Save").click()
+    told = page.locator(".notes [role=alert]")
+    for words in ("changed meanwhile", "by another page", "theirs"):
+        expect(told).to_contain_text(words)
+    assert read_notes(folder / "old").note == "by another page"
+    page.get_by_role("button", name="Save").click()
+    expect(page.get_by_role("button", name="Edit notes")).to_be_focused()
+    assert read_notes(folder / "old") == Notes("mine")
+    studio.faults.clear()  # the browser notes the answer 409
 
 
 def test_the_console_says_how_a_run_was_started_and_what_it_printed(studio: Studio) -> None:
