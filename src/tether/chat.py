@@ -1,6 +1,6 @@
 """Conversations through a chat template: which template, what it is given, and one line for whatever it raises.
 
-Knows tokenizers and Jinja; nothing of files of prompts, rewards or training. Whoever renders a conversation does it here.
+Whoever renders a conversation does it here. Knows tokenizers and Jinja; nothing of data sets, rewards or training.
 """
 
 from __future__ import annotations

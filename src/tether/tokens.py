@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 if TYPE_CHECKING:
@@ -87,6 +87,12 @@ def tokenize_behind(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) ->
         if alone and all(ids[: len(alone)] == alone for ids in behind):
             return [ids[len(alone) :] for ids in behind]
     return found
+
+
+def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many entries two sequences have in common at their beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def encode_plain(

@@ -1,6 +1,7 @@
 """Rows out of data files: JSONL, JSON, CSV, Parquet, folders written by `datasets`, hub names.
 
-Knows nothing of prompts, templates or tokens: a row is a dict from column name to value, every row with the same columns.
+Knows nothing of prompts, templates or tokens. A row is a dict from column name to value, every row with the same
+columns.
 """
 
 from __future__ import annotations
@@ -214,7 +215,7 @@ def _load_from_hub(path: str, split: str) -> list[Row]:
         ) from error
 
 
-def plain_rows(rows: Sequence[Row]) -> list[Row]:
+def plain_rows(rows: Sequence[Any]) -> list[Any]:
     """Rows in memory as `load_rows` gives them: those of a `datasets.Dataset` as those of its folder."""
     if type(rows).__module__.partition(".")[0] == "datasets":
         return _without_filling(list(rows))
@@ -224,8 +225,8 @@ def plain_rows(rows: Sequence[Row]) -> list[Row]:
 def _without_filling(rows: Sequence[Any]) -> list[Row]:
     """Rows of Arrow, whose objects have every key that any object at this place has, null where their own had none.
 
-    In messages, tools and documents a null would be read as one that was written (`{"city": "Rome", "a": null}`). A null
-    that was meant cannot be told from filling there. Other columns stay as they are.
+    In messages, tools and documents a null would be read as one that was written (`{"city": "Rome", "a": null}`). A
+    null that was meant cannot be told from filling there. Other columns stay as they are.
     """
     return [
         {

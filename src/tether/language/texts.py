@@ -1,20 +1,19 @@
 """Token ids as text: of a response, and of each of its tokens, so that the second add up to the first.
 
-A response is the middle of a text. Tokenizers of SentencePiece's kind drop the space that a text begins with, so nothing
-is decoded alone: it stands behind a token that is cut off again. Knows tokenizers; nothing of models.
+A response is the middle of a text. Tokenizers of SentencePiece's kind drop the space that a text begins with, so
+nothing is decoded alone: it stands behind a token that is cut off again. Knows tokenizers; nothing of models.
 N = responses, T = tokens of a response.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from tether.chat import ChatTemplate
 from tether.errors import UserError
-from tether.tokens import encode_plain
+from tether.tokens import encode_plain, shared_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,7 +106,7 @@ class Texts:
         """What each token adds to the text of those before it; for tokens whose texts depend on each other."""
         ends, end = [], 0
         for text in self.shown([ids[:count] for count in range(1, len(ids))]):
-            end = max(end, len(os.path.commonprefix([text, whole])))
+            end = max(end, shared_length(text, whole))
             ends.append(end)
         ends.append(len(whole))
         return [whole[start:end] for start, end in zip([0, *ends], ends, strict=False)]
@@ -135,7 +134,8 @@ def _anchor(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _hidden(tokenizer: PreTrainedTokenizerBase, ends: Iterable[int], stop: Sequence[str]) -> frozenset[int]:
     roles = ("bos", "eos", "pad", "sep", "cls", "mask")
-    hidden = {getattr(tokenizer, f"{role}_token_id", None) for role in roles} - {None}
+    known = [getattr(tokenizer, f"{role}_token_id", None) for role in roles]
+    hidden = {int(token) for token in known if token is not None}
     special = {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     hidden |= {token for token, content in special.items() if content in stop}
     return frozenset(hidden | set(ends) | (special.keys() & _turn_ends(tokenizer)))

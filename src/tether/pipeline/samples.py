@@ -6,7 +6,6 @@ files, models or training.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from tether.errors import UserError
 from tether.language.packing import TokenizedSamples
 from tether.language.rows import plain_rows
 from tether.pipeline.supervised import fate_of
-from tether.tokens import tokenize_behind, tokenize_text
+from tether.tokens import shared_length, tokenize_behind, tokenize_text
 
 Row = Mapping[str, Any]
 Turns = Literal["all", "last", "each"]
@@ -273,7 +272,7 @@ def _shorten(value: object) -> str:
 def _conversations(
     messages: Conversation, first_learned: int, chat: ChatTemplate, turns: Turns, place: str
 ) -> list[_Sample]:
-    """The samples of one conversation; of the assistant's messages from index `first_learned` on `turns` are learned."""
+    """The samples of one conversation, of whose answers from index `first_learned` on `turns` are learned."""
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     learned = [i for i in answers if i >= first_learned]
     if not learned:
@@ -354,10 +353,10 @@ def _why_refused(ids: list[int], before: list[int], goes_on: bool, chat: ChatTem
     if goes_on:
         return (
             "the chat template renders the conversation up to here differently once it goes on, so the assistant's "
-            "tokens cannot be told: learn the last answer alone (`--rows.turns last`), or each as an example of its own "
-            "(`--rows.turns each`), or mark them with {% generation %} in the template"
+            "tokens cannot be told: learn the last answer alone (`--rows.turns last`), or each as an example of its "
+            "own (`--rows.turns each`), or mark them with {% generation %} in the template"
         )
-    same = len(os.path.commonprefix([ids, before]))
+    same = shared_length(ids, before)
     asked = chat.tokenizer.decode(before[max(0, same - 4) :], clean_up_tokenization_spaces=False)
     answered = chat.tokenizer.decode(ids[max(0, same - 4) : same + 8], clean_up_tokenization_spaces=False)
     return (
