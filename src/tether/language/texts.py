@@ -79,10 +79,10 @@ class Texts:
         tails = []
         for ids in responses:
             start = max(0, len(ids) - count)
-            self.of_tokens(ids[start:])
-            while start and {ids[start], ids[start - 1]} & self._joint:  # never begin within a character
+            self.of_tokens(ids[max(0, start - 1) :])
+            while start and {ids[start], ids[start - 1]} <= self._joint:  # never begin within a character
                 start -= 1
-                self.of_tokens(ids[start : start + 1])
+                self.of_tokens(ids[max(0, start - 1) : start])
             tails.append(ids[start:])
         return self.shown(tails)
 
