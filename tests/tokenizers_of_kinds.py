@@ -59,8 +59,8 @@ def sentence_piece(
     """BPE over characters with ▁ for spaces.
 
     Args:
-        prefix: who puts a space before a text: the `normalizer` (Llama 2), a Metaspace that does so at the `first` piece
-            (Mistral) or at `always` each (legacy), or `never` (Gemma).
+        prefix: who puts a space before a text: the `normalizer` (Llama 2), a Metaspace at the `first` piece (Mistral)
+            or at `always` each (legacy), or `never` (Gemma).
         fallback: characters without a token are written byte by byte; else they are <unk>.
         bos: <s> is put before every text.
         specials: further special tokens.

@@ -28,9 +28,8 @@ LIMIT = 12
 OVER = 7  # rows of the model's embedding beyond the tokenizer
 
 
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+WITH_CHAT = [kind for kind, make in KINDS.items() if make().chat_template]
+THINKING = ["qwen", "llama3", "thinking in special tokens"]
 
 
 @pytest.fixture
@@ -73,12 +72,11 @@ def drawn(tokenizer: PreTrainedTokenizerFast) -> tuple[LanguageWorld, Any, Count
     return world, world.collect(), rewards
 
 
-@pytest.mark.parametrize("answer", ANSWERS)
-def test_an_answer_keeps_its_text_and_its_tokens_add_up_to_it(
-    kind: str, tokenizer: PreTrainedTokenizerFast, answer: str
-) -> None:
-    if not lossless(kind, answer):
-        pytest.skip("this tokenizer has no token for a character of it")
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.mark.parametrize(("kind", "answer"), [(k, a) for k in KINDS for a in ANSWERS if lossless(k, a)])
+def test_an_answer_keeps_its_text_and_its_tokens_add_up_to_it(tokenizer: PreTrainedTokenizerFast, answer: str) -> None:
     before, ids = written(tokenizer, answer)
     texts = Texts(tokenizer)
     assert texts.responses([ids]) == [answer]
@@ -90,9 +88,8 @@ def test_an_answer_keeps_its_text_and_its_tokens_add_up_to_it(
     assert set(read[len(before + ids) :]) <= {tokenizer.eos_token_id}
 
 
-def test_half_a_character_is_held_back_until_it_is_whole(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    if not lossless(kind, "é€"):
-        pytest.skip("this tokenizer has no bytes")
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if lossless(kind, "é€")])
+def test_half_a_character_is_held_back_until_it_is_whole(tokenizer: PreTrainedTokenizerFast) -> None:
     _, ids = written(tokenizer, " 12 é€😀 13")
     texts = Texts(tokenizer)
     for count in range(1, len(ids) + 1):
@@ -101,7 +98,8 @@ def test_half_a_character_is_held_back_until_it_is_whole(kind: str, tokenizer: P
         assert " 12 é€😀 13".startswith(text.rstrip("\ufffd"))
 
 
-def test_what_is_sampled_is_what_is_stored_scored_and_trained_on(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
+@every_kind
+def test_what_is_sampled_is_what_is_stored_scored_and_trained_on(tokenizer: PreTrainedTokenizerFast) -> None:
     world, batch, rewards = drawn(tokenizer)
     sampler, (call,) = world.sampler, rewards.calls
     prompt_ids = list(world.prompts[0].token_ids)
@@ -127,7 +125,8 @@ def test_what_is_sampled_is_what_is_stored_scored_and_trained_on(kind: str, toke
             assert before + episode.response == whole
 
 
-def test_the_bos_of_a_rendered_text_is_read_once(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
+@every_kind
+def test_the_bos_of_a_rendered_text_is_read_once(tokenizer: PreTrainedTokenizerFast) -> None:
     bos = tokenizer.bos_token or ""
     text = bos + PROMPT
     plain = tokenizer(text, add_special_tokens=False).input_ids
@@ -144,16 +143,16 @@ def test_the_bos_of_a_rendered_text_is_read_once(kind: str, tokenizer: PreTraine
     assert samples.token_ids[-1] == whole.token_ids[-1] == tokenizer.eos_token_id
 
 
-def test_sft_learns_the_tokens_that_ppo_would_draw(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
+@every_kind
+def test_sft_learns_the_tokens_that_ppo_would_draw(tokenizer: PreTrainedTokenizerFast) -> None:
     before, ids = written(tokenizer, " 19 12")
     samples = tokenize_rows([{"prompt": PROMPT, "completion": " 19 12"}], tokenizer, RowFormat(), 99).samples
     assert samples.token_ids.tolist() == [*before, *ids, tokenizer.eos_token_id]
     assert samples.is_target.tolist() == [False] * len(before) + [True] * (len(ids) + 1)
 
 
-def test_chat_is_read_as_its_template_writes_it(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    if not tokenizer.chat_template:
-        pytest.skip("no chat template")
+@pytest.mark.parametrize("kind", WITH_CHAT)
+def test_chat_is_read_as_its_template_writes_it(tokenizer: PreTrainedTokenizerFast) -> None:
     chat = [{"role": "user", "content": PROMPT}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     by_messages = prompts_from_rows([{"prompt": chat}], PromptsConfig(), tokenizer, None, 1)[0]
@@ -167,16 +166,16 @@ def test_chat_is_read_as_its_template_writes_it(kind: str, tokenizer: PreTrained
     assert Texts(tokenizer).responses([learned])[0].strip() == "19"  # what ends a turn is hidden
 
 
-def test_special_tokens_that_are_content_are_seen(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    if "<think>" not in tokenizer.get_vocab():
-        pytest.skip("it has no such token")
+@pytest.mark.parametrize("kind", THINKING)
+def test_special_tokens_that_are_content_are_seen(tokenizer: PreTrainedTokenizerFast) -> None:
     _, ids = written(tokenizer, "<think>12</think> 19")
     (text,) = Texts(tokenizer).responses([[*ids, tokenizer.eos_token_id]])
     assert text.startswith("<think>")
     assert text.replace(" ", "") == "<think>12</think>19"
 
 
-def test_ids_beyond_the_tokenizer_are_drawn_without_an_error(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
+@every_kind
+def test_ids_beyond_the_tokenizer_are_drawn_without_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
     texts = Texts(tokenizer)
     _, ids = written(tokenizer, " 19")
     beyond = [*ids, len(tokenizer) + OVER - 1, *ids]
@@ -184,12 +183,13 @@ def test_ids_beyond_the_tokenizer_are_drawn_without_an_error(kind: str, tokenize
     assert len(texts.pieces([beyond])[0]) == len(beyond)
 
 
-@pytest.mark.parametrize("stop", [" 19", "é", "\n", " 12 é€"])
+STOPS = [" 19", "é", "\n", " 12 é€"]
+
+
+@pytest.mark.parametrize(("kind", "stop"), [(k, stop) for k in KINDS for stop in STOPS if lossless(k, stop)])
 def test_a_stop_string_is_found_wherever_its_tokens_are(
     kind: str, tokenizer: PreTrainedTokenizerFast, stop: str
 ) -> None:
-    if not lossless(kind, stop):
-        pytest.skip("this tokenizer has no token for a character of it")
     texts = Texts(tokenizer)
     for answer in (stop, "7" + stop, "😀" + stop, "é€" + stop):
         if not lossless(kind, answer):
@@ -199,7 +199,8 @@ def test_a_stop_string_is_found_wherever_its_tokens_are(
         assert stop in texts.tails([ids], window)[0]
 
 
-def test_draws_stop_at_their_string(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
+@every_kind
+def test_draws_stop_at_their_string(tokenizer: PreTrainedTokenizerFast) -> None:
     model = make_model("llama", vocabulary_size=len(tokenizer))
     with torch.no_grad():
         model.lm_head.weight.zero_()  # every token is as likely as any other
