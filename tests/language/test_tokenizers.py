@@ -10,9 +10,10 @@ from tests.models import CountingRewards, make_model, plain_forward
 from tests.tokenizers_of_kinds import KINDS
 from transformers import PreTrainedTokenizerFast
 
+from tether.language.environment import TokenEnv, score_with_rewards
 from tether.language.models import end_token_ids
 from tether.language.policy import LanguagePolicy
-from tether.language.prompts import PromptsConfig, prompts_from_rows
+from tether.language.prompts import Prompt, PromptsConfig, prompts_from_rows
 from tether.language.reference import ModelReference
 from tether.language.sampler import Sampler, SamplingConfig
 from tether.language.texts import Texts
@@ -20,6 +21,7 @@ from tether.language.world import CollectConfig, LanguageWorld
 from tether.pipeline.samples import RowFormat, tokenize_rows
 from tether.ppo import AdvantageConfig, KLConfig, KLController
 from tether.ppo.advantages import estimate
+from tether.rewards import Rewards, RewardsConfig, check_reward
 from tether.rewards.passes import encode
 
 PROMPT = "What is 12 + 7?"
@@ -213,3 +215,52 @@ def test_draws_stop_at_their_string(tokenizer: PreTrainedTokenizerFast) -> None:
     ):
         assert ended == (text in shown or ids[-1] in sampler.end_ids.tolist())
     assert any(text in shown for shown in samples.texts)
+
+
+@pytest.mark.parametrize("kind", ["thinking in special tokens"])
+def test_rewards_see_tags_that_are_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    _, ids = written(tokenizer, "<think>7</think><answer>19</answer>")
+    assert {"<think>", "</answer>"} <= set(tokenizer.convert_ids_to_tokens(ids))
+    texts = Texts(tokenizer).responses([[*ids, tokenizer.eos_token_id], ids[1:]])
+    assert check_reward("format?tags=think,answer", [PROMPT] * 2, texts) == [1.0, -1.0]
+    assert check_reward("regex?pattern=<answer> ?19", [PROMPT] * 2, texts) == [1.0, 1.0]
+    env = TokenEnv(
+        [tokenizer(PROMPT).input_ids],
+        score_with_rewards(Rewards(RewardsConfig(("format?tags=think,answer",))), [_prompt(tokenizer)], tokenizer),
+        vocabulary_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        max_new_tokens=20,
+        tokenizer=tokenizer,
+    )
+    env.reset()
+    for token in [*ids, tokenizer.eos_token_id]:
+        _, _, ended, _, info = env.step(token)
+    assert ended
+    assert (info["text"], info["score"]) == (texts[0], 1.0)
+
+
+def _prompt(tokenizer: PreTrainedTokenizerFast) -> Prompt:
+    return prompts_from_rows([{"prompt": PROMPT}], PromptsConfig(), tokenizer, None, 1)[0]
+
+
+@pytest.mark.parametrize("kind", ["qwen", "gemma", "llama2"])
+def test_a_special_token_that_stops_is_no_text_and_stops_in_both_environments(
+    kind: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    stop = {"qwen": "<|im_start|>", "gemma": "<start_of_turn>", "llama2": "<unk>"}[kind]
+    _, ids = written(tokenizer, " 19")
+    ended = [*ids, tokenizer.convert_tokens_to_ids(stop)]
+    assert Texts(tokenizer).responses([ended]) == [" 19" + stop]
+    assert Texts(tokenizer, stop=(stop,)).responses([ended]) == [" 19"]
+    assert stop in Texts(tokenizer, stop=(stop,)).tails([ended], len(stop))[0]
+    env = TokenEnv(
+        [tokenizer(PROMPT).input_ids],
+        lambda prompt, response: 0.0,
+        vocabulary_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        max_new_tokens=20,
+        tokenizer=tokenizer,
+        stop=(stop,),
+    )
+    env.reset()
+    assert [env.step(token)[2] for token in ended] == [False] * len(ids) + [True]

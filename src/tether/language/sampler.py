@@ -41,7 +41,7 @@ class SamplingConfig:
     """Draw from the fewest likeliest tokens whose probabilities sum to at least p (Holtzman et al. 2020)."""
     stop: tuple[str, ...] = ()
     """A response ends, as if by eos, with the token that completes one of these strings; the string stays in it.
-    Special tokens are strings here, too: "<|im_end|>"."""
+    Special tokens are strings here, too: "<|im_end|>"; like eos these are not part of the text."""
     batch_size: int = 256
     """Responses that are drawn at once; when one has ended, the next takes its place."""
     alternatives: int = 5
