@@ -18,7 +18,10 @@ CORE = sorted((SOURCE / "ppo").glob("*.py"))
 NAMES = {path: str(path.relative_to(SOURCE)) for path in FILES}
 
 WORLDS = {"language", "control"}
-LEAVES = {"errors", "yaml_file", "episode", "user_code", "devices", "pretrained", "memory", "uncertainty"}
+LEAVES = {
+    *("errors", "yaml_file", "episode", "user_code", "devices", "pretrained", "memory", "uncertainty"),
+    *("chat", "tokens"),
+}
 """What every room may import, since it imports none."""
 
 BELOW: dict[str, set[str]] = {
@@ -32,6 +35,7 @@ BELOW: dict[str, set[str]] = {
     "pipeline": LEAVES | {"config", "ppo", "rewards", "runs", "train"} | WORLDS,
     "report": LEAVES | {"config", "runs"},
     "studio": LEAVES | {"config", "ppo", "rewards", "runs", "report"},
+    "chat": {"errors"},
     "cli": LEAVES | {"config", "ppo", "rewards", "runs", "train", "pipeline", "report", "studio"} | WORLDS,
     "__main__": {"cli"},
     "devices": {"errors"},
@@ -39,6 +43,7 @@ BELOW: dict[str, set[str]] = {
     "episode": set(),
     "memory": set(),
     "pretrained": {"errors"},
+    "tokens": set(),
     "uncertainty": set(),
     "user_code": {"errors"},
     "yaml_file": {"errors"},

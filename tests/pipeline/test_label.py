@@ -230,3 +230,18 @@ def test_one_judge_cannot_disagree_with_itself(config: LabelConfig, models: Path
 def test_settings_that_cannot_be(config: LabelConfig, changes: dict[str, object], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         replace(config, **changes)  # type: ignore[arg-type]
+
+
+def test_tools_that_the_preferences_cannot_hold_are_said(
+    models: Path, config: LabelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% if tools %}d{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}f"
+    make_model(seed=0).save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    row = {"prompt": [{"role": "user", "content": "ab"}], "tools": tools}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(row))
+    prompts = PromptsConfig(path=str(tmp_path / "chat.jsonl"))
+    label(replace(config, policy=str(tmp_path / "chat"), prompts=prompts, pairs=1))
+    assert "which the preferences will not hold" in caplog.text

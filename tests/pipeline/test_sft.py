@@ -22,6 +22,7 @@ from tether.language.cross_entropy import Passes, accumulate_gradients, mean_los
 from tether.language.layers import checkpointed_layers
 from tether.language.packing import TokenizedSamples, best_fit, check_packing
 from tether.language.prompts import PromptsConfig, load_prompts
+from tether.pipeline import sft as sft_module
 from tether.pipeline.samples import RowFormat, tokenize_rows
 from tether.pipeline.sft import SFTConfig, fine_tune, sft
 from tether.runs.folder import read_metrics
@@ -410,3 +411,119 @@ def test_the_model_given_in_memory_is_the_one_that_changes() -> None:
     before = copy.deepcopy(model.state_dict())
     fine_tune(model, make_tokenizer(), ROWS, SFTConfig(max_steps=1, learning_rate=1e-2))
     assert any(not torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+# ---- which answers of a conversation ----
+
+# Own words for what published templates do: no thoughts in earlier turns; eos at the very end alone; another end of the
+# last answer; an answer that begins otherwise than generation would
+QWEN3 = CHATML.replace(
+    "{{ m.content }}", "{% if m.role == 'assistant' and loop.last %}<t></t>{% endif %}{{ m.content }}"
+)
+PHI3 = CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
+GPT_OSS = CHATML.replace("<|end|>", "{% if m.role == 'assistant' and loop.last %}</s>{% else %}<|end|>{% endif %}", 1)
+OPENED = CHATML.replace("assistant\n", "assistant\n<t>")
+
+
+def learned_of(tokenizer: PreTrainedTokenizerFast, row: dict[str, Any], **options: Any) -> list[tuple[str, str]]:
+    """What each sample of a row reads and what it learns."""
+    samples = tokenize_rows([row], tokenizer, RowFormat(**options), 1000).samples
+    parts = [slice(start, end) for start, end in zip(samples.starts[:-1], samples.starts[1:], strict=True)]
+    return [
+        (
+            tokenizer.decode(samples.token_ids[part][~samples.is_target[part]]),
+            tokenizer.decode(samples.token_ids[part][samples.is_target[part]]),
+        )
+        for part in parts
+    ]
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "first", "second"),
+    [
+        (CHATML, "<|end|>", "cd<|end|>", "fed<|end|>"),
+        (MARKED, "<|end|>", "cd<|end|>", "fed<|end|>"),
+        (FORGETFUL, "<|end|>", "cd!<|end|>", "fed!<|end|>"),
+        (QWEN3, "<|end|>", "<t></t>cd<|end|>", "<t></t>fed<|end|>"),
+        (PHI3, "</s>", "cd<|end|>\n</s>", "fed<|end|>\n</s>"),
+        (GPT_OSS, "</s>", "cd</s>", "fed</s>"),
+    ],
+)
+@pytest.mark.parametrize("form", ["messages", "prompt"])
+def test_the_last_answer_alone_or_each_as_a_sample_of_its_own(
+    template: str, eos: str, first: str, second: str, form: str
+) -> None:
+    tokenizer = chat_tokenizer(template, eos)
+    row = {"messages": CHAT} if form == "messages" else {"prompt": CHAT[:1], "completion": CHAT[1:]}
+    before = [tokenizer.apply_chat_template(CHAT[:n], tokenize=False, add_generation_prompt=True) for n in (1, 3)]
+    assert learned_of(tokenizer, row, turns="last") == [(before[1], second)]
+    assert learned_of(tokenizer, row, turns="each") == [(before[0], first), (before[1], second)]
+    # a conversation that ends with a question is learned up to its last answer
+    asked = {"messages": [*CHAT, {"role": "user", "content": "f"}]}
+    assert learned_of(tokenizer, asked, turns="last") == [(before[1], second)]
+
+
+def test_a_template_that_writes_eos_at_the_very_end_can_learn_all_turns_at_once() -> None:
+    (sample,) = learned_of(chat_tokenizer(PHI3, "</s>"), {"messages": CHAT})
+    assert sample[1] == "cd<|end|>\nfed<|end|>\n</s>"
+
+
+@pytest.mark.parametrize(("template", "eos"), [(QWEN3, "<|end|>"), (FORGETFUL, "<|end|>"), (GPT_OSS, "</s>")])
+def test_a_template_that_changes_earlier_turns_is_refused_with_both_ways_out(template: str, eos: str) -> None:
+    with pytest.raises(UserError) as caught:
+        learned_of(chat_tokenizer(template, eos), {"messages": CHAT})
+    message = str(caught.value)
+    assert message.startswith("rows, row 1, message 2:")
+    assert all(word in message for word in ("--rows.turns last", "--rows.turns each", "generation"))
+
+
+@pytest.mark.parametrize("turns", ["all", "last", "each"])
+def test_an_answer_that_begins_otherwise_than_generation_would_is_shown(turns: str) -> None:
+    with pytest.raises(UserError, match=r"row 1, message 2: .*n<t>.*but renders this one as.*cd"):
+        learned_of(chat_tokenizer(OPENED), {"messages": CHAT[:2]}, turns=turns)
+
+
+def test_marks_say_which_answer_is_learned_where_prefixes_cannot() -> None:
+    template = MARKED.replace("assistant\n{% endif %}", "assistant\n<t>{% endif %}")  # generation begins with a thought
+    (sample,) = learned_of(chat_tokenizer(template), {"messages": CHAT}, turns="last")
+    assert sample[1] == "fed<|end|>"
+
+
+def test_samples_of_a_conversation_are_held_out_together() -> None:
+    rows = [{"messages": [*CHAT[:1], {"role": "assistant", "content": text}, *CHAT[2:]]} for text in "abcdef"]
+    counts: dict[str, float] = {}
+    tokenizer, config = chat_tokenizer(), SFTConfig(max_steps=1, eval_fraction=0.5, rows=RowFormat(turns="each"))
+    fine_tune(make_model(vocabulary_size=len(tokenizer)), tokenizer, rows, config, lambda found: counts.update(found))
+    assert counts.get("eval_loss") is not None
+    data = sft_module._prepare(make_model(vocabulary_size=len(tokenizer)), tokenizer, rows, None, config, ("", "", ""))
+    assert data.held_out is not None
+    assert (len(data.train), len(data.held_out)) == (6, 6)
+    answers = [
+        {tokenizer.decode(samples.token_ids[start:end]).split("assistant\n")[1][0] for start, end in ends}
+        for samples in (data.train, data.held_out)
+        for ends in [list(zip(samples.starts[:-1], samples.starts[1:], strict=True))]
+    ]
+    assert not answers[0] & answers[1]
+
+
+# ---- what a template has written already ----
+
+
+@pytest.mark.parametrize("end", ["<|end|>", "<|end|>\n", "<|end|> \n"])
+def test_text_that_ends_with_eos_has_no_second_one(end: str) -> None:
+    assert targets(chat_tokenizer(), {"text": "hello" + end})[0] == "hello<|end|>"
+    assert targets(chat_tokenizer(), {"prompt": "a", "completion": "b" + end}) == ("ab<|end|>", "b<|end|>")
+    assert targets(chat_tokenizer(), {"text": "a<|end|>b"})[0] == "a<|end|>b<|end|>"
+
+
+def test_null_keys_of_messages_and_calls_without_content_are_read() -> None:
+    template = CHATML.replace("{{ m.content }}", "{{ m.content }}{% if m.tool_calls is defined %}CALL{% endif %}")
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    row = {"messages": [{**CHAT[0], "tool_calls": None}, call]}
+    assert learned_of(chat_tokenizer(template), row)[0][1] == "CALL<|end|>"
+
+
+def test_sft_says_a_template_error_and_a_missing_default_in_one_line() -> None:
+    for template, words in (("{{ 'x' + m }}", "undefined"), ("{{ 'x' + 3 }}", "TypeError"), ({"rag": "x"}, "default")):
+        with pytest.raises(UserError, match=f"rows, row 1: .*{words}"):
+            learned_of(chat_tokenizer(template), {"messages": CHAT[:2]})  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from gymnasium.error import InvalidAction, ResetNeeded
 from numpy.typing import NDArray
 
 from tether.errors import RewardError, UserError
+from tether.language.texts import Texts
 from tether.language.world import as_completion
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ class TokenEnv(gymnasium.Env[NDArray[np.int64], np.int64]):
     `max_new_tokens` tokens and did not terminate with the last of them.
 
     `info`: `prompt` (index of the prompt), `length` (tokens so far, prompt included: the observation without its
-    padding is `observation[:length]`); with a tokenizer also `text` (the response so far, special tokens
-    removed); at the end also `score` (before any penalty).
+    padding is `observation[:length]`); with a tokenizer also `text` (the response so far, less what begins or ends
+    one: see `tether.language.texts.Texts`); at the end also `score` (before any penalty).
 
     gymnasium's `check_env` refuses environments that truncate at once, so it needs `max_new_tokens` of 2 or more.
     """
@@ -105,6 +106,7 @@ class TokenEnv(gymnasium.Env[NDArray[np.int64], np.int64]):
         self._max_new_tokens = max_new_tokens
         self._missing_eos_penalty = missing_eos_penalty
         self._tokenizer = tokenizer
+        self._texts = None if tokenizer is None else Texts(tokenizer, self._eos_ids, tuple(stop))
         self._stop = tuple(stop)
         self.render_mode = render_mode
         self.pad_id = vocabulary_size
@@ -168,7 +170,7 @@ class TokenEnv(gymnasium.Env[NDArray[np.int64], np.int64]):
             return None
         if self._tokenizer is None:
             return " ".join(str(token) for token in self.token_ids)
-        return _decode(self._tokenizer, self.token_ids, skip_special_tokens=False)
+        return str(self._tokenizer.decode(list(self.token_ids), clean_up_tokenization_spaces=False))
 
     def _observation(self) -> NDArray[np.int64]:
         observation = np.full(self.observation_space.shape or (), self.pad_id, dtype=np.int64)
@@ -177,15 +179,15 @@ class TokenEnv(gymnasium.Env[NDArray[np.int64], np.int64]):
 
     def _info(self) -> dict[str, Any]:
         info: dict[str, Any] = {"prompt": self._prompt, "length": len(self.token_ids)}
-        if self._tokenizer is not None:
-            info["text"] = _decode(self._tokenizer, self._response, skip_special_tokens=True)
+        if self._texts is not None:
+            (info["text"],) = self._texts.responses([self._response])
         return info
 
     def _stops(self) -> bool:
-        if not self._stop or self._tokenizer is None:
+        if not self._stop or self._texts is None:
             return False
         # The whole response is decoded: a stop string may span tokens, and tokens may decode differently in context.
-        text = _decode(self._tokenizer, self._response, skip_special_tokens=True)
+        (text,) = self._texts.shown([self._response])
         return any(string in text for string in self._stop)
 
     def _finite_score(self) -> float:
@@ -195,24 +197,34 @@ class TokenEnv(gymnasium.Env[NDArray[np.int64], np.int64]):
         return float(found)
 
 
-def score_with_rewards(rewards: Rewards, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> Score:
+def score_with_rewards(
+    rewards: Rewards,
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Sequence[int] = (),
+    stop: Sequence[str] = (),
+) -> Score:
     """A `Score` for `TokenEnv([prompt.token_ids for prompt in prompts], ...)` from the rewards of `tether.rewards`.
 
     The reward functions get what they get in training: the prompt's text or messages, the completion in the same
-    form (special tokens removed), its token ids, and the prompt's other columns.
+    form (see `tether.language.texts.Texts` for what is cut), its token ids, and the prompt's other columns.
+
+    Args:
+        rewards: what scores.
+        prompts: as the environment's.
+        tokenizer: the policy's.
+        ends: token ids that end a response, besides the tokenizer's eos.
+        stop: strings that end one.
     """
+    texts = Texts(tokenizer, ends, stop)
 
     def score(prompt: int, response_ids: Sequence[int]) -> float:
         asked = prompts[prompt]
-        completion = as_completion(asked, _decode(tokenizer, response_ids, skip_special_tokens=True))
+        completion = as_completion(asked, texts.responses([response_ids])[0])
         columns = {name: [value] for name, value in asked.columns.items()}
         return rewards([asked.source], [completion], [list(response_ids)], columns).total[0]
 
     return score
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-    return str(tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
 
 def _check_arguments(

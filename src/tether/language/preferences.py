@@ -13,15 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from tether.chat import ChatOptions, Conversation, said, variables_of
 from tether.errors import UserError
-from tether.language.rows import Row, load_rows
+from tether.language.rows import Row, load_rows, plain_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 Text = str | Messages
 
 ASSISTANT = "\n\nAssistant:"  # what a response follows in the dialogues of Bai et al. 2022 (HH)
@@ -30,7 +31,7 @@ TRUE, FALSE = ("true", "1", "yes", "tie"), ("false", "0", "no", "chosen", "")  #
 
 
 @dataclass(frozen=True)
-class PreferencesConfig:
+class PreferencesConfig(ChatOptions):
     """Which comparisons to use, and how to read them."""
 
     path: str = ""
@@ -62,7 +63,7 @@ class Preference:
     """One comparison.
 
     Attributes:
-        prompt: text, or the messages before the responses.
+        prompt: text, or the messages before the responses (a `Conversation`, with the row's tools).
         chosen: the response that was preferred, in the same form; as messages, all that follow the prompt.
         rejected: the other one.
         margin: by how much the chosen one is better, 0 or more, in units of the score. 0 where nothing is said.
@@ -80,7 +81,7 @@ class Preference:
     @property
     def key(self) -> str:
         """The same for equal prompts, and only for these."""
-        return json.dumps(self.prompt, sort_keys=True)
+        return json.dumps([self.prompt, getattr(self.prompt, "variables", None)], sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def preferences_from_rows(
 ) -> Preferences:
     """The same from rows in memory, each a dict of columns."""
     path = config.path or "preferences"
+    rows = plain_rows(rows)
     if not rows:
         raise UserError(f"{path}: there are no rows; give at least one comparison")
     columns = _columns(rows[0], config, path)
@@ -137,7 +139,7 @@ def preferences_from_rows(
         if pair.chosen == pair.rejected and not pair.tie:
             identical.append(number)
             continue
-        said = json.dumps([pair.prompt, pair.chosen, pair.rejected, pair.margin, pair.tie], sort_keys=True)
+        said = json.dumps([pair.key, pair.chosen, pair.rejected, pair.margin, pair.tie], sort_keys=True)
         if said in seen and config.duplicates == "drop":
             duplicates.append(number)
             continue
@@ -217,6 +219,8 @@ def _preference(row: Row, number: int, columns: _Columns, config: PreferencesCon
     if config.chat and isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
         prompt = [{"role": "user", "content": prompt}]
         chosen, rejected = _as_messages(chosen), _as_messages(rejected)
+    if not isinstance(prompt, str):
+        prompt = Conversation(prompt, variables_of(row, where))
     tie = _tie(None if columns.tie is None else row.get(columns.tie), f"{where}: column `{columns.tie}`")
     margin = _margin(None if columns.margin is None else row.get(columns.margin), f"{where}: column `{columns.margin}`")
     if tie and margin > 0:
@@ -289,10 +293,11 @@ def _text(value: Any, place: str) -> Text:
         if not isinstance(message, dict):
             raise UserError(f"{place}, message {number} is {type(message).__name__}; expected `role` and `content`")
         for name in ("role", "content"):
-            if not isinstance(message.get(name), str):
+            called = name == "content" and message.get("role") == "assistant" and message.get("tool_calls")
+            if not isinstance(message.get(name), str) and not (called and message.get(name) is None):
                 found = "missing or null" if message.get(name) is None else type(message[name]).__name__
                 raise UserError(f"{place}, message {number}: `{name}` is {found}; expected text")
-        _utf8(message["content"], f"{place}, message {number}")
+        _utf8(message.get("content") or "", f"{place}, message {number}")
         # Columns saved by `datasets` hold every key that any message has, null where this one lacks it.
         messages.append({name: part for name, part in message.items() if part is not None})
     return messages
@@ -307,7 +312,9 @@ def _utf8(text: str, place: str) -> str:
 
 
 def _has_text(text: Text) -> bool:
-    return bool(text.strip()) if isinstance(text, str) else bool(text) and bool(text[-1]["content"].strip())
+    if isinstance(text, str):
+        return bool(text.strip())
+    return bool(text) and bool(said(text[-1]).strip())
 
 
 def _margin(value: Any, place: str) -> float:

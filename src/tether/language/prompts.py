@@ -12,22 +12,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from tether.chat import ChatOptions, ChatTemplate, Conversation, variables_of
 from tether.episode import short_repr
 from tether.errors import UserError
-from tether.language.rows import Row, load_rows
+from tether.language.rows import Row, load_rows, plain_rows
+from tether.tokens import encode_plain, tokenize_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Messages", "Prompt", "PromptsConfig", "load_prompts", "load_rows", "prompts_from_rows", "tokenize_text"]
+__all__ = ["Messages", "Prompt", "PromptsConfig", "load_prompts", "load_rows", "prompts_from_rows"]
 
 logger = logging.getLogger(__name__)
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class PromptsConfig:
+class PromptsConfig(ChatOptions):
     """Which prompts to use, and how to read them."""
 
     path: str = ""
@@ -55,7 +57,8 @@ class Prompt:
     Attributes:
         text: what the model reads, the chat template applied.
         token_ids: `text` in tokens; no eos that the tokenizer would append.
-        source: what a reward gets as `prompts[i]`: the text, or the messages of a chat prompt.
+        source: what a reward gets as `prompts[i]`: the text, or the messages of a chat prompt (a `Conversation`, with
+            the tools that its template read beside them).
         columns: every column of the row, the prompt's own included.
         row: 1-based row in the data set.
     """
@@ -77,8 +80,8 @@ def load_prompts(
 
     Args:
         config: which data set, and how to read it.
-        tokenizer: the policy's; text prompts get its usual special tokens (BOS if it adds one), chat prompts exactly
-            those that its template writes.
+        tokenizer: the policy's; text prompts get its usual special tokens (BOS if it adds one and the text does not
+            begin with it), chat prompts exactly those that its template writes.
         context_length: tokens that the model can see, None for a model without a limit.
         reserve: tokens of the context kept free for the response.
 
@@ -97,6 +100,7 @@ def prompts_from_rows(
     reserve: int,
 ) -> list[Prompt]:
     """The same from rows in memory, each a dict of columns; all else as in `load_prompts`."""
+    rows = plain_rows(rows)
     if not rows:
         raise UserError("prompts: there are none; give at least one row")
     path = config.path or "prompts"
@@ -123,10 +127,10 @@ def prompts_from_rows(
                 "prompts.system is set, but the prompts are plain text: add `--prompts.chat`, or leave it out"
             )
         texts = [source for source in sources if isinstance(source, str)]
-        token_ids = tokenize_text(tokenizer, texts)
+        token_ids = tokenize_text(tokenizer, texts, [f"{path}, row {number}" for number in range(1, len(rows) + 1)])
     else:
-        texts = _render_chats(tokenizer, sources, path)
-        token_ids = _encode(tokenizer, texts, special_tokens=False)
+        texts = _render_chats(ChatTemplate(tokenizer, config, "prompts"), sources, path)
+        token_ids = encode_plain(tokenizer, texts)
     prompts = [
         Prompt(text, tuple(ids), source, row, number)
         for number, (text, ids, source, row) in enumerate(zip(texts, token_ids, sources, rows, strict=True), start=1)
@@ -202,14 +206,14 @@ def _source(config: PromptsConfig, row: Row, column: str | None, where: str) -> 
     else:
         value, field = row[column], f"column `{column}`"
     if isinstance(value, list):
-        return _messages(config, value, where, field)
+        return Conversation(_messages(config, value, where, field), variables_of(row, where))
     if not isinstance(value, str):
         found = "null or missing" if value is None else f"{type(value).__name__} ({value!r:.40})"
         raise UserError(f"{where}: {field} is {found}; expected text or a list of messages")
     _check_text(value, where, field)
     if not config.chat:
         return value
-    return _messages(config, [{"role": "user", "content": value}], where, field)
+    return Conversation(_messages(config, [{"role": "user", "content": value}], where, field), variables_of(row, where))
 
 
 def _check_text(text: str, where: str, field: str) -> None:
@@ -234,6 +238,8 @@ def _messages(config: PromptsConfig, messages: list[Any], where: str, field: str
             )
         for key in ("role", "content"):
             if message.get(key) is None:
+                if key == "content" and message.get("role") == "assistant" and message.get("tool_calls"):
+                    continue  # a call is all that the message says
                 raise UserError(f"{where}: {place} has no `{key}`; it has: {', '.join(map(str, message)) or 'nothing'}")
             if not isinstance(message[key], str):
                 raise UserError(f"{where}: {place}: `{key}` is {type(message[key]).__name__}; expected text")
@@ -255,64 +261,18 @@ def _messages(config: PromptsConfig, messages: list[Any], where: str, field: str
     return [{"role": "system", "content": config.system}, *checked]
 
 
-def _render_chats(tokenizer: PreTrainedTokenizerBase, sources: Sequence[str | Messages], path: str) -> list[str]:
-    if not tokenizer.chat_template:
+def _render_chats(chat: ChatTemplate, sources: Sequence[str | Messages], path: str) -> list[str]:
+    if chat.missing:
         raise UserError(
-            f"{path}: the prompts are chat messages, but the tokenizer of {tokenizer.name_or_path or 'the model'} "
-            "has no chat template: use an instruction-tuned model's tokenizer, or text prompts (`--prompts.template`)"
+            f"{path}: the prompts are chat messages, but the tokenizer of {chat.tokenizer.name_or_path or 'the model'} "
+            "has no chat template: use an instruction-tuned model's tokenizer, a template of your own "
+            "(`--prompts.chat-template FILE`), or text prompts (`--prompts.template`)"
         )
-    texts = []
-    for number, messages in enumerate(sources, start=1):
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program of its author's: it may raise anything
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"{path}, row {number}: the tokenizer's chat template refuses the messages: {reason}"
-            ) from error
-        texts.append(str(text))
-    return texts
-
-
-def tokenize_text(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special_tokens: bool = True
-) -> list[list[int]]:
-    """Token ids of texts to be continued: with the bos, if the tokenizer has that habit, less an eos that it appends.
-
-    An eos that is written in the text itself stays. `special_tokens=False` leaves the bos away too.
-    """
-    distinct = list(dict.fromkeys(texts))  # questions that come again and again are tokenized once
-    encoded = _encode(tokenizer, distinct, special_tokens=special_tokens)
-    eos = tokenizer.eos_token_id
-    ending = [index for index, ids in enumerate(encoded) if _trailing(ids, eos)]
-    if ending and special_tokens:
-        plain = _encode(tokenizer, [distinct[index] for index in ending], special_tokens=False)
-        for index, without in zip(ending, plain, strict=True):
-            while _trailing(encoded[index], eos) > _trailing(without, eos):
-                encoded[index].pop()
-    token_ids = dict(zip(distinct, encoded, strict=True))
-    return [list(token_ids[text]) for text in texts]
-
-
-def _trailing(ids: Sequence[int], token_id: int | None) -> int:
-    """How many times `token_id` stands at the end of `ids`."""
-    count = 0
-    while count < len(ids) and ids[-1 - count] == token_id:
-        count += 1
-    return count
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special_tokens: bool) -> list[list[int]]:
-    # verbose=False: no warning about length, as lengths are checked against the model's context below.
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=special_tokens,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    return [list(ids) for ids in encoded["input_ids"]]
+    return [
+        chat.render(messages, f"{path}, row {number}", generation_prompt=True)
+        for number, messages in enumerate(sources, start=1)
+        if not isinstance(messages, str)
+    ]
 
 
 def _fitting(

@@ -1,6 +1,7 @@
 """Rows out of data files: JSONL, JSON, CSV, Parquet, folders written by `datasets`, hub names.
 
-Knows nothing of prompts, chat or tokens: a row is a dict from column name to value, every row with the same columns.
+Knows nothing of prompts, templates or tokens. A row is a dict from column name to value, every row with the same
+columns.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import io
 import json
 import re
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from tether.errors import UserError
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
 LONGEST_FIELD = 2**31 - 1  # bytes; Python's csv module stops at 131,072 characters unless told otherwise
+
+FILLED_UP = ("tools", "documents", "chat_template_kwargs")  # columns of objects that a chat template reads
 
 Row = dict[str, Any]
 
@@ -34,7 +38,8 @@ def load_rows(path: str, split: str = "train") -> list[Row]:
 
     Returns:
         Dicts with the same keys in the same order. A column that a JSON row lacks is None, as in `datasets`. Values of
-        a CSV file are text, as CSV has no types.
+        a CSV file are text, as CSV has no types. In messages and tools out of Parquet and `datasets` the nulls are left
+        out with which these fill up objects that have not all keys.
 
     Raises:
         UserError: the data cannot be read, or holds no rows.
@@ -165,7 +170,7 @@ def _read_parquet(location: Path) -> list[Row]:
     from pyarrow import parquet
 
     try:
-        return list(parquet.ParquetFile(location).read().to_pylist())
+        return _without_filling(parquet.ParquetFile(location).read().to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{location}: not a readable Parquet file: {_line(error)}") from error
 
@@ -176,17 +181,17 @@ def _load_folder(location: Path, split: str) -> list[Row]:
     saved = (location / "dataset_dict.json").is_file() or (location / "state.json").is_file()
     try:
         if not saved:
-            return list(datasets.load_dataset(str(location), split=split).to_list())
+            return _without_filling(datasets.load_dataset(str(location), split=split).to_list())
         data = datasets.load_from_disk(str(location))
         if isinstance(data, datasets.Dataset):
             if split not in ("train", str(data.split)):
                 raise UserError(
                     f"{location}: split `{split}` was asked for, but the folder holds one dataset without splits"
                 )
-            return list(data.to_list())
+            return _without_filling(data.to_list())
         if split not in data:
             raise UserError(f"{location}: no split `{split}`; it has: {', '.join(data)}")
-        return list(data[split].to_list())
+        return _without_filling(data[split].to_list())
     except UserError:
         raise
     except Exception as error:  # `datasets` raises many kinds for a folder it cannot read; each becomes one line
@@ -201,13 +206,47 @@ def _load_from_hub(path: str, split: str) -> list[Row]:
     match = HUB_NAME.fullmatch(path)
     assert match is not None  # the caller has checked
     try:
-        return list(datasets.load_dataset(match["name"], match["config"], split=split).to_list())
+        return _without_filling(datasets.load_dataset(match["name"], match["config"], split=split).to_list())
     except Exception as error:  # network, hub and format errors of several libraries; each becomes one line
         remedy = f": give one as `{match['name']}:CONFIG`" if "onfig name is missing" in str(error) else ""
         raise UserError(
             f"{path}: no such file or folder, and no dataset of this name could be loaded from the hub: "
             f"{type(error).__name__}: {_line(error)}{remedy}"
         ) from error
+
+
+def plain_rows(rows: Sequence[Any]) -> list[Any]:
+    """Rows in memory as `load_rows` gives them: those of a `datasets.Dataset` as those of its folder."""
+    if type(rows).__module__.partition(".")[0] == "datasets":
+        return _without_filling(list(rows))
+    return list(rows)
+
+
+def _without_filling(rows: Sequence[Any]) -> list[Row]:
+    """Rows of Arrow, whose objects have every key that any object at this place has, null where their own had none.
+
+    In messages, tools and documents a null would be read as one that was written (`{"city": "Rome", "a": null}`). A
+    null that was meant cannot be told from filling there. Other columns stay as they are.
+    """
+    return [
+        {
+            name: _without_nulls(value) if name in FILLED_UP or _is_messages(value) else value
+            for name, value in row.items()
+        }
+        for row in rows
+    ]
+
+
+def _is_messages(value: object) -> bool:
+    return (
+        isinstance(value, list) and bool(value) and all(isinstance(entry, dict) and "role" in entry for entry in value)
+    )
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(entry) for name, entry in value.items() if entry is not None}
+    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _same_columns(rows: list[Row]) -> list[Row]:

@@ -22,6 +22,7 @@ from tether.language.likeliest import alternatives
 from tether.language.models import end_token_ids
 from tether.language.policy import LanguagePolicy
 from tether.language.products import packed_weights
+from tether.language.texts import Texts
 
 AT_ONCE = 8  # prompts wait until one in so many places is free
 
@@ -40,7 +41,7 @@ class SamplingConfig:
     """Draw from the fewest likeliest tokens whose probabilities sum to at least p (Holtzman et al. 2020)."""
     stop: tuple[str, ...] = ()
     """A response ends, as if by eos, with the token that completes one of these strings; the string stays in it.
-    Special tokens are strings here, too: "<|im_end|>"."""
+    Special tokens are strings here, too: "<|im_end|>"; like eos these are not part of the text."""
     batch_size: int = 256
     """Responses that are drawn at once; when one has ended, the next takes its place."""
     alternatives: int = 5
@@ -69,7 +70,7 @@ class Samples:
 
     Attributes:
         response_ids: N lists of token ids, the eos included where it was drawn.
-        texts: N responses as text, without special tokens.
+        texts: N responses as text, less what begins or ends one (see `Texts`).
         log_probs: (N, T) of the drawn tokens under the distribution that was sampled; 0 beyond a response's end.
         values: (N, T), V of the state before each token.
         mask: (N, T) bool, the token exists.
@@ -133,7 +134,9 @@ class Sampler:
         self.tokenizer = tokenizer
         self.config = config
         self.generator = torch.Generator().manual_seed(seed)
-        self.end_ids = torch.tensor(end_token_ids(policy.model, tokenizer))
+        ends = end_token_ids(policy.model, tokenizer)
+        self.end_ids = torch.tensor(ends)
+        self.texts = Texts(tokenizer, ends, config.stop)
 
     @torch.no_grad()
     def sample(self, prompt_ids: Sequence[Sequence[int]], alternatives: bool = False) -> Samples:
@@ -203,14 +206,11 @@ class Sampler:
         """(len(rows),) bool: the token drawn last is an end token or completes a stop string."""
         ended = torch.isin(drawn.last(rows), self.end_ids)
         if self.config.stop:
-            # a token holds at least one byte, so a stop string lies within so many last tokens; one more keeps a
-            # tokenizer that strips the leading space of what it decodes from stripping the string's own
-            window = max(len(text.encode()) for text in self.config.stop) + 1
-            tails = [
-                drawn.tokens[row, max(0, length - window) : length]
-                for row, length in zip(rows.tolist(), drawn.lengths[rows].tolist(), strict=True)
-            ]
-            texts = self.tokenizer.batch_decode(tails, skip_special_tokens=False)  # "<|im_end|>" may be one of them
+            # a token holds at least one byte, so a stop string lies within so many last tokens
+            window = max(len(text.encode()) for text in self.config.stop)
+            lengths = drawn.lengths[rows].tolist()
+            responses = [drawn.tokens[row, :n].tolist() for row, n in zip(rows.tolist(), lengths, strict=True)]
+            texts = self.texts.tails(responses, window)  # with special tokens: "<|im_end|>" may be one of them
             ended |= torch.tensor([any(stop in text for stop in self.config.stop) for text in texts])
         return ended
 
@@ -220,7 +220,7 @@ class Sampler:
         response_ids = [row[:n] for row, n in zip(drawn.tokens.tolist(), drawn.lengths.tolist(), strict=True)]
         return Samples(
             response_ids=response_ids,
-            texts=self.tokenizer.batch_decode(response_ids, skip_special_tokens=True),
+            texts=self.texts.responses(response_ids),
             log_probs=drawn.log_probs[:, :longest].contiguous(),
             values=drawn.values[:, :longest].contiguous(),
             mask=mask,

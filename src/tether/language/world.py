@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tether.chat import said
 from tether.episode import Episode
 from tether.errors import RewardError, UserError
 from tether.language.adapters import save_model
@@ -155,7 +156,6 @@ class LanguageWorld:
         self._batch: _Batch | None = None
         self._follow_due = False  # the policy may have learned since the reference was told last
         self._first_length: float | None = None  # mean response length of the first batch
-        self._pieces: dict[int, str] = {}  # the text of each token that was needed so far
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -345,9 +345,9 @@ class LanguageWorld:
         if last_seen is not None:
             columns |= {"new_log_probs": last_seen.log_probs.tolist(), "entropies": last_seen.entropy.tolist()}
             columns["clipped"] = last_seen.clipped.tolist()
+        pieces = self.sampler.texts.pieces(batch.samples.response_ids)
         if batch.samples.likeliest is not None:
-            columns["alternatives"] = self._alternatives(batch.samples)
-        pieces = self._texts(i for response in batch.samples.response_ids for i in response)
+            columns["alternatives"] = self._alternatives(batch.samples, pieces)
         episodes = []
         for row, (prompt, response_ids) in enumerate(zip(batch.prompts, batch.samples.response_ids, strict=True)):
             length = len(response_ids)
@@ -359,7 +359,7 @@ class LanguageWorld:
                     score=batch.scores.total[row],
                     terminated=terminated,
                     truncated=not terminated,
-                    actions=[pieces[i] for i in response_ids],
+                    actions=pieces[row],
                     action_ids=response_ids,
                     **{name: values[row][:length] for name, values in columns.items()},
                     details={
@@ -373,25 +373,19 @@ class LanguageWorld:
             )
         return episodes
 
-    def _alternatives(self, samples: Samples) -> list[list[list[tuple[str, float]]]]:
-        """(text, probability) of the likeliest tokens, for each response and step."""
+    def _alternatives(self, samples: Samples, pieces: list[list[str]]) -> list[list[list[tuple[str, float]]]]:
+        """(text, probability) of the likeliest tokens, for each response and step; the drawn one as in `pieces`."""
         assert samples.likeliest is not None
         assert samples.likeliest_probabilities is not None
         ids, numbers = samples.likeliest.tolist(), samples.likeliest_probabilities.tolist()
-        texts = self._texts(samples.likeliest.unique().tolist())
+        texts = self.sampler.texts.of_tokens(samples.likeliest.unique().tolist())
         return [
             [
-                [(texts[i], p) for i, p in zip(step_ids, step_numbers, strict=True) if p > 0]
-                for step_ids, step_numbers, _ in zip(row_ids, row_numbers, response, strict=False)
+                [(piece if i == drawn else texts[i], p) for i, p in zip(step_ids, step_numbers, strict=True) if p > 0]
+                for step_ids, step_numbers, drawn, piece in zip(row_ids, row_numbers, response, own, strict=False)
             ]
-            for row_ids, row_numbers, response in zip(ids, numbers, samples.response_ids, strict=True)
+            for row_ids, row_numbers, response, own in zip(ids, numbers, samples.response_ids, pieces, strict=True)
         ]
-
-    def _texts(self, token_ids: Iterable[int]) -> dict[int, str]:
-        """The text of each of these tokens by itself, at least."""
-        if new := sorted(set(token_ids) - self._pieces.keys()):
-            self._pieces.update(zip(new, self.tokenizer.batch_decode([[i] for i in new]), strict=True))
-        return self._pieces
 
     def _last_batch(self, trajectories: Trajectories) -> _Batch:
         if self._batch is None or len(self._batch.prompts) != len(trajectories):
@@ -464,8 +458,8 @@ def _mean(name: str, values: Tensor, groups: Tensor) -> dict[str, float]:
 
 
 def turns_of(messages: Messages) -> Messages:
-    """Role and content of each message, without what else its data set says of it."""
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    """Who says what in each message, without what else its data set says of it."""
+    return [{"role": message["role"], "content": said(message)} for message in messages]
 
 
 def as_completion(prompt: Prompt, text: str) -> str | list[dict[str, str]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tether.chat import said
 from tether.errors import UserError
 from tether.language.preferences import Preference
 from tether.pipeline.supervised import fate_of
@@ -115,7 +116,7 @@ def tokenize_pairs(
 
 
 def _response_lengths(responses: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    texts = [r if isinstance(r, str) else "\n".join(message["content"] for message in r) for r in responses]
+    texts = [r if isinstance(r, str) else "\n".join(map(said, r)) for r in responses]
     return [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, TextIO
 
 from rich.console import Console
 
+from tether.chat import said
 from tether.episode import short_repr
 from tether.errors import UserError
 from tether.language.models import load_causal_lm, load_tokenizer
@@ -212,6 +213,6 @@ def _show(console: Console, response: Response, raw: bool) -> None:
         console.print(response.prompt.text, style="dim", markup=False)
     else:
         for message in source:
-            console.print(f"{message['role']}: {message['content']}", style="dim", markup=False)
+            console.print(f"{message['role']}: {said(message)}", style="dim", markup=False)
         console.print("assistant:", style="dim", markup=False, end=" ")
     console.print(response.text + end, markup=False)

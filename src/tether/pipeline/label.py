@@ -173,6 +173,12 @@ def _prompts(config: LabelConfig, samplers: Sequence[Sampler]) -> Iterator[list[
     rows = sorted(set.intersection(*(set(prompts) for prompts in by_row)))
     if not rows:
         raise UserError(f"{config.prompts.path}: no prompt is short enough for both policies")
+    if any(getattr(by_row[0][row].source, "variables", None) for row in rows):
+        logger.warning(
+            "%s: the policies read tools or variables beside the messages, which the preferences will not hold: join "
+            "them to the exported rows before `tether reward`",
+            config.prompts.path,
+        )
     random.Random(config.seed).shuffle(rows)
     return ([prompts[row] for prompts in by_row] for row in itertools.cycle(rows))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tether.chat import kept_kwargs
 from tether.language.reference import AdapterReference
 from tether.language.world import LanguageWorld
 from tether.pipeline.opening import (
@@ -62,8 +64,9 @@ def describe_model(model: PreTrainedModel, name: str = "") -> str:
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """How many tokens it knows."""
-    return f"tokenizer of {len(tokenizer):,} tokens"
+    """How many tokens it knows, and what its chat template is given."""
+    given = ", ".join(f"{name}: {json.dumps(value, default=str)}" for name, value in kept_kwargs(tokenizer).items())
+    return f"tokenizer of {len(tokenizer):,} tokens" + (f", its chat template with {given}" if given else "")
 
 
 def _critic(world: LanguageWorld, learner: Learner) -> str:

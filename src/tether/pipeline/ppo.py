@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tether.chat import ChatTemplate
 from tether.devices import check_compiler, choose_device
 from tether.episode import short_repr
 from tether.errors import UserError
@@ -31,6 +32,7 @@ from tether.language.policy import Critic, LanguagePolicy
 from tether.language.products import bfloat16_pays
 from tether.language.prompts import Prompt, PromptsConfig, load_prompts, prompts_from_rows
 from tether.language.reference import AdapterReference, ModelReference, Reference, ReferenceConfig
+from tether.language.rows import plain_rows
 from tether.language.sampler import Sampler, SamplingConfig
 from tether.language.world import CollectConfig, LanguageWorld
 from tether.memory import keep_freed_memory
@@ -217,6 +219,7 @@ def build_ppo(
     seed_random_states(config.seed)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code) if parts.tokenizer is None else parts.tokenizer
     prepare_tokenizer(tokenizer)
+    ChatTemplate(tokenizer, config.prompts, "prompts").keep()  # saved with the policy
     base = _base(config, parts)
     check_vocabulary(base, tokenizer, config.model or "model")
     room = (context_length(base), config.sampling.max_new_tokens)
@@ -225,7 +228,7 @@ def build_ppo(
     elif parts.prompts is None:
         prompts = load_prompts(config.prompts, tokenizer, *room)
     else:
-        rows = [{"prompt": p} if isinstance(p, str) else p for p in parts.prompts]
+        rows = [{"prompt": p} if isinstance(p, str) else p for p in plain_rows(parts.prompts)]
         prompts = prompts_from_rows(rows, config.prompts, tokenizer, *room)
     columns = {name: [p.columns[name] for p in prompts] for name in prompts[0].columns}
     places = [f"{config.prompts.path or config.task or 'prompts'}, row {p.row}" for p in prompts]
@@ -314,7 +317,8 @@ def _critic(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequ
 
 def _settled(config: PPOConfig, world: LanguageWorld) -> PPOConfig:
     """With what was decided for this machine, so that the run goes on in the same way on another."""
-    return replace(config, device=str(world.policy.device), autocast=world.policy.autocast)
+    prompts = ChatTemplate(world.tokenizer, config.prompts, "prompts").settled(config.prompts)
+    return replace(config, device=str(world.policy.device), autocast=world.policy.autocast, prompts=prompts)
 
 
 def _constants(world: LanguageWorld) -> dict[str, Any]:

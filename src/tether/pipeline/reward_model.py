@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tether.chat import ChatTemplate
 from tether.config import config_to_dict
 from tether.errors import UserError
 from tether.language.layers import checkpointed_layers
@@ -151,6 +152,9 @@ def train_reward_model(config: RewardModelConfig, report: Report | None = None, 
     if show:
         print(f"loading {config.model} …", flush=True)
     model, tokenizer = _load(config, 0)
+    chat = ChatTemplate(tokenizer, config.preferences, "preferences")
+    chat.keep()  # it is read in the same way wherever the reward model is asked
+    config = dataclasses.replace(config, preferences=chat.settled(config.preferences))
     data = _prepare(model, tokenizer, config)
     orders = [np.random.default_rng([config.seed, 0, member]) for member in range(config.members)]
     plans = [plan_batches(len(data.train), config, order) for order in orders]

@@ -6,24 +6,25 @@ files, models or training.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from tether.chat import ChatOptions, ChatTemplate, Conversation, variables_of
 from tether.errors import UserError
 from tether.language.packing import TokenizedSamples
-from tether.language.prompts import tokenize_text
+from tether.language.rows import plain_rows
 from tether.pipeline.supervised import fate_of
+from tether.tokens import shared_length, tokenize_behind, tokenize_text
 
 Row = Mapping[str, Any]
+Turns = Literal["all", "last", "each"]
 
 
 @dataclass(frozen=True)
-class RowFormat:
+class RowFormat(ChatOptions):
     """How a row of training data is read."""
 
     kind: Literal["prompt", "messages", "text"] | None = None
@@ -33,7 +34,7 @@ class RowFormat:
     completion_column: str = "completion"
     """Column with what it learns to answer, in the same form."""
     messages_column: str = "messages"
-    """Column with whole conversations; every message of the assistant is learned."""
+    """Column with whole conversations; `turns` says which messages of the assistant are learned."""
     text_column: str = "text"
     """Column with text of which everything is learned."""
     template: str | None = None
@@ -42,6 +43,10 @@ class RowFormat:
     """System message put before every conversation that has none; needs a chat template."""
     chat: bool = False
     """Wrap text prompts and completions as messages of the user and the assistant through the chat template."""
+    turns: Turns = "all"
+    """Answers of a conversation that are learned: all of them in one sample, the last alone, or each in a sample of its
+    own that ends with it. The last two are for templates that render a turn otherwise once the conversation goes on,
+    such as those that leave out what was thought earlier (Qwen3, DeepSeek, gpt-oss)."""
 
     def columns(self, kind: str) -> tuple[str, ...]:
         """The columns that a row of this kind needs."""
@@ -54,9 +59,10 @@ class RowFormat:
 
 @dataclass(frozen=True)
 class TokenizedRows:
-    """Samples, and what became of the rows that were too long."""
+    """Samples, the row (from 0) that each is of, and how many were too long."""
 
     samples: TokenizedSamples
+    rows: list[int]
     skipped: int
     truncated: int
 
@@ -88,21 +94,24 @@ def tokenize_rows(
     Raises:
         UserError: names the row (counted from 1) that cannot be read, has no target, or is too long.
     """
+    rows = plain_rows(rows)
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos token, expected one to end responses with: set its `eos_token`")
     if not rows:
         raise UserError(f"{origin}: no rows, expected at least one")
     kind = row_format.kind or _detect(rows[0], row_format, origin)
     _check_columns(rows, row_format.columns(kind), origin)
+    chat = ChatTemplate(tokenizer, row_format, "rows")
     if kind == "text":
-        samples = _text_samples(rows, tokenizer, row_format, origin)
+        samples = [[sample] for sample in _text_samples(rows, tokenizer, row_format, origin)]
     elif kind == "messages":
-        samples = [
-            _conversation(_messages(row[row_format.messages_column], row_format, place), 0, tokenizer, place)
-            for place, row in _places(rows, origin)
-        ]
+        samples = []
+        for place, row in _places(rows, origin):
+            messages = _messages(row[row_format.messages_column], row_format, place)
+            conversation = Conversation(messages, variables_of(row, place))
+            samples.append(_conversations(conversation, 0, chat, row_format.turns, place))
     else:
-        samples = _prompt_samples(rows, tokenizer, row_format, origin)
+        samples = _prompt_samples(rows, chat, row_format, origin)
     return _bound(samples, max_tokens, overlong, origin)
 
 
@@ -143,23 +152,28 @@ def _text_samples(
 ) -> list[_Sample]:
     column = row_format.text_column
     texts = [_require_text(row[column], column, place) for place, row in _places(rows, origin)]
+    encoded = tokenize_text(tokenizer, texts, [place for place, _ in _places(rows, origin)])
+    ended = [_with_eos(ids, tokenizer) for ids in encoded]
+    return [_Sample(ids, [True] * len(ids)) for ids in ended]
+
+
+def _with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """`ids`, ended by eos; white space after an eos of their own, as templates write it, is never generated."""
     eos = tokenizer.eos_token_id
-    encoded = [_with_eos(ids, eos) for ids in tokenize_text(tokenizer, texts)]
-    return [_Sample(ids, [True] * len(ids)) for ids in encoded]
-
-
-def _with_eos(ids: list[int], eos: int) -> list[int]:
-    return ids if ids and ids[-1] == eos else [*ids, eos]
+    if eos in ids:
+        last = len(ids) - 1 - ids[::-1].index(eos)
+        if not tokenizer.decode(ids[last + 1 :]).strip():
+            return ids[: last + 1]
+    return [*ids, eos]
 
 
 # ---- prompt and completion ----
 
 
-def _prompt_samples(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, row_format: RowFormat, origin: str
-) -> list[_Sample]:
-    samples: list[_Sample | None] = []
+def _prompt_samples(rows: Sequence[Row], chat: ChatTemplate, row_format: RowFormat, origin: str) -> list[list[_Sample]]:
+    samples: list[list[_Sample] | None] = []
     texts: list[tuple[str, str]] = []
+    text_places: list[str] = []
     for place, row in _places(rows, origin):
         completion = row[row_format.completion_column]
         if row_format.template is None:
@@ -175,6 +189,7 @@ def _prompt_samples(
                 raise UserError(f"{place}: `system` needs chat, found a text prompt: set `chat`")
             samples.append(None)
             texts.append((prompt, completion))
+            text_places.append(place)
             continue
         if isinstance(prompt, str) or isinstance(completion, str):
             raise UserError(
@@ -183,12 +198,15 @@ def _prompt_samples(
             )
         before = _messages(prompt, row_format, f"{place}, column `{row_format.prompt_column}`")
         after = _check_messages(completion, f"{place}, column `{row_format.completion_column}`")
-        samples.append(_conversation([*before, *after], len(before), tokenizer, place))
-    of_text = iter(_join([p for p, _ in texts], [c for _, c in texts], tokenizer))
-    return [next(of_text) if sample is None else sample for sample in samples]
+        conversation = Conversation([*before, *after], variables_of(row, place))
+        samples.append(_conversations(conversation, len(before), chat, row_format.turns, place))
+    of_text = iter(_join([p for p, _ in texts], [c for _, c in texts], chat.tokenizer, text_places))
+    return [[next(of_text)] if sample is None else sample for sample in samples]
 
 
-def _join(prompts: Sequence[str], completions: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[_Sample]:
+def _join(
+    prompts: Sequence[str], completions: Sequence[str], tokenizer: PreTrainedTokenizerBase, places: Sequence[str]
+) -> list[_Sample]:
     """Prompt and completion as one sequence that starts with exactly the ids that generation would read.
 
     The two are tokenized together, as they would stand in running text. Where that merges characters across the
@@ -196,16 +214,16 @@ def _join(prompts: Sequence[str], completions: Sequence[str], tokenizer: PreTrai
     """
     if not prompts:
         return []
-    prompt_ids = tokenize_text(tokenizer, prompts)
+    prompt_ids = tokenize_text(tokenizer, prompts, places)
     joint_ids = tokenize_text(tokenizer, [p + c for p, c in zip(prompts, completions, strict=True)])
     merged = [i for i, ids in enumerate(prompt_ids) if joint_ids[i][: len(ids)] != ids]
     if merged:
-        alone = tokenize_text(tokenizer, [completions[i] for i in merged], special_tokens=False)
+        alone = tokenize_behind(tokenizer, [completions[i] for i in merged])
         for i, ids in zip(merged, alone, strict=True):
             joint_ids[i] = prompt_ids[i] + ids
-    samples, eos = [], tokenizer.eos_token_id
+    samples = []
     for before, ids in zip(prompt_ids, joint_ids, strict=True):
-        whole = _with_eos(ids, eos) if len(ids) > len(before) else [*ids, eos]
+        whole = [*before, *_with_eos(ids[len(before) :], tokenizer)]
         samples.append(_Sample(whole, [False] * len(before) + [True] * (len(whole) - len(before))))
     return samples
 
@@ -223,19 +241,23 @@ def _fill_template(template: str, row: Row, place: str) -> str:
 # ---- chat ----
 
 
-def _check_messages(value: Any, place: str) -> list[dict[str, str]]:
+def _check_messages(value: Any, place: str) -> list[dict[str, Any]]:
     if not isinstance(value, (list, tuple)) or not value:
         raise UserError(f"{place}: found {type(value).__name__}, expected a list of messages with at least one in it")
+    checked = []
     for number, message in enumerate(value, 1):
-        content = message.get("content") if isinstance(message, Mapping) else None
-        if not isinstance(content, str) or not isinstance(message.get("role"), str):
+        role, content = (message.get(key) if isinstance(message, Mapping) else None for key in ("role", "content"))
+        called = content is None and role == "assistant" and bool(message.get("tool_calls"))  # a call alone is enough
+        if not (isinstance(content, str) or called) or not isinstance(role, str):
             raise UserError(
                 f"{place}, message {number}: found {_shorten(message)}, expected `role` and `content`, both text"
             )
-    return [dict(message) for message in value]
+        # Columns saved by `datasets` hold every key that any message has, null where this one lacks it.
+        checked.append({key: part for key, part in message.items() if part is not None})
+    return checked
 
 
-def _messages(value: Any, row_format: RowFormat, place: str) -> list[dict[str, str]]:
+def _messages(value: Any, row_format: RowFormat, place: str) -> list[dict[str, Any]]:
     messages = _check_messages(value, place)
     if row_format.system is None or messages[0]["role"] == "system":
         return messages
@@ -247,66 +269,101 @@ def _shorten(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _conversation(
-    messages: list[dict[str, str]], first_learned: int, tokenizer: PreTrainedTokenizerBase, place: str
-) -> _Sample:
-    """One conversation; the assistant's messages from index `first_learned` on are the targets."""
-    learned = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= first_learned]
+def _conversations(
+    messages: Conversation, first_learned: int, chat: ChatTemplate, turns: Turns, place: str
+) -> list[_Sample]:
+    """The samples of one conversation, of whose answers from index `first_learned` on `turns` are learned."""
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    learned = [i for i in answers if i >= first_learned]
     if not learned:
         raise UserError(f"{place}: no message of the assistant to learn, expected at least one")
-    _require_chat_template(tokenizer, place)
-    marked = re.search(r"{%-?\s*generation\s*-?%}", tokenizer.get_chat_template()) is not None
-    # The template's marks say which tokens are the assistant's, not which message they belong to.
-    if marked and learned == [i for i, m in enumerate(messages) if m["role"] == "assistant"]:
-        rendered = _render(messages, tokenizer, place, return_assistant_tokens_mask=True)
-        ids, is_target = rendered["input_ids"], [bool(flag) for flag in rendered["assistant_masks"]]
-        if not any(is_target):
-            raise UserError(f"{place}: the chat template marks no token as the assistant's, expected some")
-    else:
-        ids, is_target = _targets_by_prefixes(messages, learned, tokenizer, place)
-    return _end_turns_with_eos(list(ids), is_target, tokenizer.eos_token_id)
-
-
-def _render_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, place: str) -> list[int]:
-    """Token ids of a conversation that the assistant is to go on with."""
-    _require_chat_template(tokenizer, place)
-    return list(_render(messages, tokenizer, place, add_generation_prompt=True)["input_ids"])
-
-
-def _require_chat_template(tokenizer: PreTrainedTokenizerBase, place: str) -> None:
-    if not tokenizer.chat_template:
+    if chat.missing:
         raise UserError(f"{place}: messages need a chat template; the tokenizer has none: use plain text, or set one")
+    if turns == "all":
+        return [_conversation(messages, learned, chat, place)]
+    chosen = learned[-1:] if turns == "last" else learned
+    parts = [(Conversation(messages[: i + 1], messages.variables), [i]) for i in chosen]
+    return [_conversation(part, answer, chat, place) for part, answer in parts]
 
 
-def _render(
-    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, place: str, **options: bool
-) -> Mapping[str, list[int]]:
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
-    except TemplateError as error:
-        detail = " ".join(str(error).split())
-        raise UserError(f"{place}: the chat template refuses these messages: {detail}") from error
+def _conversation(messages: Conversation, learned: list[int], chat: ChatTemplate, place: str) -> _Sample:
+    """One sample; the messages at the indices `learned` are its targets."""
+    ids, is_target = _marked_targets(messages, learned, chat, place) or _targets_by_prefixes(
+        messages, learned, chat, place
+    )
+    return _end_turns_with_eos(ids, is_target, chat.tokenizer.eos_token_id)
+
+
+def _marked_targets(
+    messages: Conversation, learned: list[int], chat: ChatTemplate, place: str
+) -> tuple[list[int], list[bool]] | None:
+    """The tokens that the template marks as the assistant's; None where it marks none, or not message by message."""
+    if not chat.marks_answers(messages, place):
+        return None
+    ids, is_target = chat.marked_tokens(messages, place)
+    if not any(is_target):
+        raise UserError(f"{place}: the chat template marks no token as the assistant's, expected some")
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if learned == answers:
+        return ids, is_target
+    begins = [i for i, flag in enumerate(is_target) if flag and not (i and is_target[i - 1])]
+    if len(begins) != len(answers):
+        return None
+    for answer, start, end in zip(answers, begins, [*begins[1:], len(ids)], strict=True):
+        if answer not in learned:
+            is_target[start:end] = [False] * (end - start)
+    return ids, is_target
 
 
 def _targets_by_prefixes(
-    messages: list[dict[str, str]], learned: list[int], tokenizer: PreTrainedTokenizerBase, place: str
+    messages: Conversation, learned: list[int], chat: ChatTemplate, place: str
 ) -> tuple[list[int], list[bool]]:
     """A turn's tokens are those between the prompt that generation would read and the end of the turn."""
-    ids = list(_render(messages, tokenizer, place)["input_ids"])
+    ids = chat.tokens(messages, place)
     is_target = [False] * len(ids)
     for i in learned:
         if i == 0:
             raise UserError(f"{place}: the first message is the assistant's, expected one of the user or the system")
-        before = _render_prompt(messages[:i], tokenizer, place)
-        last = i == len(messages) - 1
-        through = ids if last else list(_render(messages[: i + 1], tokenizer, place)["input_ids"])
-        if ids[: len(before)] != before or ids[: len(through)] != through:
-            raise UserError(
-                f"{place}, message {i + 1}: the chat template renders the conversation up to here differently once it "
-                "goes on, so the assistant's tokens cannot be told: mark them with {% generation %} in the template"
-            )
-        is_target[len(before) : len(through)] = [True] * (len(through) - len(before))
+        before = chat.tokens(Conversation(messages[:i], messages.variables), place, generation_prompt=True)
+        end = len(ids)
+        if i < len(messages) - 1:
+            through = chat.tokens(Conversation(messages[: i + 1], messages.variables), place)
+            end = _turn_end(ids, through, chat.tokenizer)
+        if ids[: len(before)] != before or end <= len(before):
+            raise UserError(f"{place}, message {i + 1}: {_why_refused(ids, before, i < len(messages) - 1, chat)}")
+        is_target[len(before) : end] = [True] * (end - len(before))
     return ids, is_target
+
+
+def _turn_end(ids: list[int], through: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Where in `ids` the turn ends that `through` ends with; 0 where they differ before that.
+
+    Some templates write eos after the last turn alone (Phi-3): a turn that has an end of its own ends before it.
+    """
+    if ids[: len(through)] == through:
+        return len(through)
+    shorter = through[:-1]
+    if through[-1:] != [tokenizer.eos_token_id] or ids[: len(shorter)] != shorter:
+        return 0
+    last = next((token for token in reversed(shorter) if tokenizer.decode([token]).strip()), None)
+    return len(shorter) if last in tokenizer.all_special_ids or last in tokenizer.added_tokens_decoder else 0
+
+
+def _why_refused(ids: list[int], before: list[int], goes_on: bool, chat: ChatTemplate) -> str:
+    if goes_on:
+        return (
+            "the chat template renders the conversation up to here differently once it goes on, so the assistant's "
+            "tokens cannot be told: learn the last answer alone (`--rows.turns last`), or each as an example of its "
+            "own (`--rows.turns each`), or mark them with {% generation %} in the template"
+        )
+    same = shared_length(ids, before)
+    asked = chat.tokenizer.decode(before[max(0, same - 4) :], clean_up_tokenization_spaces=False)
+    answered = chat.tokenizer.decode(ids[max(0, same - 4) : same + 8], clean_up_tokenization_spaces=False)
+    return (
+        f"the chat template asks for an answer with {asked[-60:]!r}, but renders this one as {answered[:60]!r}: change "
+        "the template (`--rows.chat-template FILE`) or its variables (`--rows.chat-template-kwargs`), or mark the "
+        "answer with {% generation %} in it"
+    )
 
 
 def _end_turns_with_eos(ids: list[int], is_target: list[bool], eos: int) -> _Sample:
@@ -337,10 +394,12 @@ def _end_turns_with_eos(ids: list[int], is_target: list[bool], eos: int) -> _Sam
 # ---- length ----
 
 
-def _bound(samples: Sequence[_Sample], max_tokens: int, overlong: str, origin: str) -> TokenizedRows:
+def _bound(samples: Sequence[Sequence[_Sample]], max_tokens: int, overlong: str, origin: str) -> TokenizedRows:
+    """The samples of each row, one after another, less those that are too long."""
     kept: list[_Sample] = []
+    rows: list[int] = []
     skipped = truncated = 0
-    for number, sample in enumerate(samples, 1):
+    for number, sample in ((number, sample) for number, own in enumerate(samples, 1) for sample in own):
         place = f"{origin}, row {number}"
         fate = fate_of(place, len(sample.token_ids), max_tokens, overlong)
         if fate == "skip":
@@ -353,7 +412,8 @@ def _bound(samples: Sequence[_Sample], max_tokens: int, overlong: str, origin: s
             cut = f" in its first {max_tokens} tokens" if fate == "truncate" else ""
             raise UserError(f"{place}: nothing to learn{cut}, expected a response")
         kept.append(sample)
+        rows.append(number - 1)
     if not kept:
         raise UserError(f"{origin}: all {skipped} rows are longer than {max_tokens} tokens: raise `max_tokens`")
     tokenized = TokenizedSamples.from_lists([s.token_ids for s in kept], [s.is_target for s in kept])
-    return TokenizedRows(tokenized, skipped, truncated)
+    return TokenizedRows(tokenized, rows, skipped, truncated)

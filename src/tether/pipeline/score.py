@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from tether.chat import ChatOptions, Conversation, variables_of
 from tether.errors import UserError
 from tether.language.rows import Row, load_rows
 from tether.pipeline.generate import check_output, open_rows, write_row
@@ -29,7 +30,7 @@ RESPONSES = ("response", "completion")
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
+class ScoreConfig(ChatOptions):
     """Scores of a reward model for the responses in a file."""
 
     model: str = ""
@@ -96,6 +97,7 @@ def score(config: ScoreConfig, show: bool = True) -> list[float]:
         config.device,
         config.microbatch_tokens,
         config.trust_remote_code,
+        config,
     )
     members = "" if len(model.members) == 1 else f"{len(model.members)} members, each "
     logger.info("%s%s", members, describe_policy(model.members[0], config.model))
@@ -104,7 +106,8 @@ def score(config: ScoreConfig, show: bool = True) -> list[float]:
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = rows[start : start + ROWS_AT_ONCE]
         names = [f"{config.data}, row {start + number}" for number in range(1, len(part) + 1)]
-        parts.append((part, [row[config.prompt_column] for row in part], [row[response] for row in part], names))
+        prompts = [_prompt(row, config.prompt_column, name) for row, name in zip(part, names, strict=True)]
+        parts.append((part, prompts, [row[response] for row in part], names))
     for _, *texts in parts:
         model.tokens(*texts)  # a text that does not fit is found before the first is scored
     scores: list[float] = []
@@ -123,6 +126,12 @@ def score(config: ScoreConfig, show: bool = True) -> list[float]:
         text = f"{len(scores):,} scores, mean {mean}, standard deviation {rounded(spread, error)}: {config.output}"
         Console(highlight=False, soft_wrap=True).print(text, markup=False)
     return scores
+
+
+def _prompt(row: Row, column: str, name: str) -> Any:
+    """The prompt of a row, messages with what their template reads beside them."""
+    value = row[column]
+    return value if isinstance(value, str) else Conversation(value, variables_of(row, name))
 
 
 def _rows(config: ScoreConfig) -> tuple[list[Row], str]:
@@ -156,5 +165,7 @@ def _check(value: Any, place: str) -> None:
         found = "null or missing" if value is None else f"{type(value).__name__} ({value!r:.40})"
         raise UserError(f"{place} is {found}; expected text or a list of messages")
     for number, message in enumerate(value, start=1):
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(n), str) for n in ("role", "content")):
+        role, content = (message.get(n) if isinstance(message, Mapping) else None for n in ("role", "content"))
+        called = content is None and role == "assistant" and message.get("tool_calls")  # a call alone is enough
+        if not isinstance(role, str) or not (isinstance(content, str) or called):
             raise UserError(f"{place}, message {number}: expected `role` and `content`, both text")

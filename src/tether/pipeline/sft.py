@@ -11,12 +11,13 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tether.chat import ChatTemplate
 from tether.config import config_to_dict
 from tether.errors import UserError
 from tether.language.adapters import LoRAConfig, give_adapters, save_model
@@ -115,6 +116,7 @@ def sft(config: SFTConfig, report: Report | None = None, show: bool = False) -> 
     if show:
         print(f"loading {config.model or 'the model'} …", flush=True)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    config = replace(config, rows=ChatTemplate(tokenizer, config.rows, "rows").settled(config.rows))
     seed_random_states(config.seed)  # new adapters are drawn from them
     model = load_trainable(
         config.model, config.lora, config.dtype, config.device, config.trust_remote_code, config.quantization
@@ -189,7 +191,8 @@ def fine_tune(
     Args:
         model: on its device; comes back in evaluation mode, with adapters where `config.lora` has a rank. Dropout is
             off, as in PPO.
-        tokenizer: the model's; pads with eos from now on if it has no pad token.
+        tokenizer: the model's; pads with eos from now on if it has no pad token, and has the chat template of
+            `config.rows` where that names one.
         rows: dicts with `prompt` and `completion`, `messages`, or `text`.
         config: see `SFTConfig`.
         report: called before the first step (step 0: counts of the data, held-out loss) and after each step with its
@@ -230,22 +233,25 @@ def _prepare(
 ) -> _Data:
     """Everything that can be wrong with what the user brought is found here, before the run has a folder."""
     check_vocabulary(model, tokenizer, names[0])
+    ChatTemplate(tokenizer, config.rows, "rows").keep()  # what was learned with is saved beside the weights
     if config.packing:
         check_packing(model)
     longest = longest_text(model, config.max_tokens)
     tokenized = tokenize_rows(rows, tokenizer, config.rows, longest, config.overlong, names[1])
-    train, skipped, truncated = tokenized.samples, tokenized.skipped, tokenized.truncated
+    train, rows_of, skipped, truncated = tokenized.samples, tokenized.rows, tokenized.skipped, tokenized.truncated
     held_out = None
     if eval_rows is not None:
         evaluated = tokenize_rows(eval_rows, tokenizer, config.rows, longest, config.overlong, names[2])
         held_out = evaluated.samples
         skipped, truncated = skipped + evaluated.skipped, truncated + evaluated.truncated
     elif config.eval_fraction:
-        count = max(1, round(config.eval_fraction * len(train)))
-        if count >= len(train):
-            raise UserError(f"{names[1]}: eval_fraction {config.eval_fraction} leaves none of its {len(train)} rows")
-        order = np.random.default_rng([config.seed, 1]).permutation(len(train))
-        train, held_out = train.select(np.sort(order[count:])), train.select(np.sort(order[:count]))
+        kept = np.unique(rows_of)  # a conversation may have several samples, which stay together
+        count = max(1, round(config.eval_fraction * len(kept)))
+        if count >= len(kept):
+            raise UserError(f"{names[1]}: eval_fraction {config.eval_fraction} leaves none of its {len(kept)} rows")
+        order = np.random.default_rng([config.seed, 1]).permutation(len(kept))
+        is_held_out = np.isin(rows_of, kept[order[:count]])
+        train, held_out = train.select(np.flatnonzero(~is_held_out)), train.select(np.flatnonzero(is_held_out))
     return _Data(train, held_out, skipped, truncated)
 
 

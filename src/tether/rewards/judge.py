@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tether.chat import said
 from tether.errors import RewardError, UserError
 from tether.rewards.client import AnswerError, Service
 from tether.rewards.verifiers import Text, text_of
@@ -152,4 +153,4 @@ def _spoken(prompt: Text) -> str:
     """A prompt for the judge to read: text as it is, messages with who said them."""
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return "\n".join(f"{message['role']}: {said(message)}" for message in prompt)

@@ -6,6 +6,7 @@ N = texts, K = members of an ensemble.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from tether.chat import ChatOptions, ChatTemplate
 from tether.errors import RewardError, UserError
 from tether.pretrained import context_length
 from tether.rewards.classifiers import load_classifier
@@ -45,6 +47,8 @@ class RewardModel:
         dtype: precision of the weights.
         device: a torch device.
         most_tokens: tokens (padding included) that go through a member at once.
+        trust_remote_code: run Python code that comes with the model.
+        chat: how messages are rendered. None: as the model was trained.
 
     Raises:
         UserError: there is no such model, or it cannot be read.
@@ -61,6 +65,7 @@ class RewardModel:
         device: str = "cpu",
         most_tokens: int = 8192,
         trust_remote_code: bool = False,
+        chat: ChatOptions | None = None,
     ) -> None:
         if combine not in COMBINE:
             raise UserError(f"reward model: combine is {combine!r}, expected one of {', '.join(COMBINE)}")
@@ -73,6 +78,8 @@ class RewardModel:
         loaded = [load_classifier(name, dtype, device, None, trust_remote_code) for name in names]
         self.members = [model for model, _ in loaded]
         self.tokenizers = [tokenizer for _, tokenizer in loaded]
+        for tokenizer in self.tokenizers:
+            ChatTemplate(tokenizer, chat).keep()
         self.normalisation = Normalisation.identity(len(loaded))
         if normalise:
             found = Normalisation.load(Path(path)) or _from_config(self.members)
@@ -135,6 +142,20 @@ class RewardModel:
         return self.score(prompts, completions)
 
 
+def _variables(text: str) -> dict[str, Any]:
+    """Variables of a chat template, written as JSON."""
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(
+            f"reward `reward_model`: option `chat_template_kwargs` is {text!r:.60}; expected a JSON object, as in "
+            '{"enable_thinking": false}'
+        )
+    return found
+
+
 def _from_config(members: Sequence[PreTrainedModel]) -> Normalisation | None:
     """What the configuration of a single model says, which comes with it from the hub too."""
     said = getattr(members[0].config, "score_normalisation", None) if len(members) == 1 else None
@@ -172,6 +193,10 @@ class ModelReward:
     """Torch device, e.g. cpu or cuda:1. auto: cuda where there is one, else cpu."""
     dtype: str = "float32"
     """Precision of the weights."""
+    chat_template: str = ""
+    """File with a chat template to render messages with; otherwise the one that the model was trained with."""
+    chat_template_kwargs: str = ""
+    """Variables for the chat template, as JSON: `{"enable_thinking": false}`."""
     model: RewardModel = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -183,6 +208,9 @@ class ModelReward:
             truncate=self.truncate,
             dtype=self.dtype,
             device=self.device,
+            chat=ChatOptions(
+                chat_template=self.chat_template or None, chat_template_kwargs=_variables(self.chat_template_kwargs)
+            ),
         )
         object.__setattr__(self, "model", model)
 

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tether.errors import RewardError, reason
+from tether.chat import ChatTemplate, Conversation
+from tether.errors import RewardError, UserError
 from tether.rewards.verifiers import Text, text_of
+from tether.tokens import encode_plain, tokenize_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,9 +30,9 @@ def encode(
 ) -> list[list[int]]:
     """Token ids of each prompt with its completion, as a reward model reads them.
 
-    Text is tokenized as one, with the special tokens that the tokenizer adds by habit, and ended by eos where padding
-    is another token, where the score is read (padding with eos would hide it). Messages
-    go through the chat template and stay as it ends them.
+    Text is tokenized as one, with the special tokens that the tokenizer adds by habit (each once), and ended by eos
+    where padding is another token, where the score is read (padding with eos would hide it). Messages
+    go through the chat template, with what a `Conversation` has for it beside them, and stay as it ends them.
 
     Args:
         tokenizer: the reward model's.
@@ -42,20 +44,23 @@ def encode(
         RewardError: the chat template is missing or refuses the messages, or a text has no token.
     """
     names = names or [f"completion {index}" for index in range(len(completions))]
-    texts, chats = [], []
+    texts, chats, chat = [], [], ChatTemplate(tokenizer)
     for prompt, completion, name in zip(prompts, completions, names, strict=True):
         chats.append(not isinstance(prompt, str))
         if isinstance(prompt, str):
             texts.append(prompt + text_of(completion))
         else:
-            texts.append(_rendered(tokenizer, prompt, completion, name))
+            texts.append(_rendered(chat, prompt, completion, name))
     ids: list[list[int]] = [[] for _ in texts]
-    for chat in (False, True):
-        chosen = [index for index, is_chat in enumerate(chats) if is_chat is chat]
+    for rendered in (False, True):
+        chosen = [index for index, is_chat in enumerate(chats) if is_chat is rendered]
         if chosen:
-            encoded = tokenizer([texts[i] for i in chosen], add_special_tokens=not chat, verbose=False)["input_ids"]
+            of = [texts[index] for index in chosen]
+            encoded = (
+                encode_plain(tokenizer, of) if rendered else tokenize_whole(tokenizer, of, [names[i] for i in chosen])
+            )
             for index, found in zip(chosen, encoded, strict=True):
-                ids[index] = list(found)
+                ids[index] = found
     eos = tokenizer.eos_token_id
     for index, found in enumerate(ids):
         if not chats[index] and eos is not None and eos != tokenizer.pad_token_id and found[-1:] != [eos]:
@@ -65,17 +70,18 @@ def encode(
     return ids
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, where: str) -> str:
-    if not tokenizer.chat_template:
+def _rendered(chat: ChatTemplate, prompt: Text, completion: Text, where: str) -> str:
+    if chat.missing:
         raise RewardError(
             f"{where} is of chat messages, but the tokenizer of the reward model "
-            f"{tokenizer.name_or_path} has no chat template: train it from a model that has one"
+            f"{chat.tokenizer.name_or_path} has no chat template: train it from a model that has one"
         )
+    assert not isinstance(prompt, str)
     answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
     try:
-        return str(tokenizer.apply_chat_template([*prompt, *answer], tokenize=False))
-    except Exception as error:  # a template is a program of its author's: it may raise anything
-        raise RewardError(f"{where}: the chat template refuses the messages: {reason(error)}") from error
+        return chat.render(Conversation([*prompt, *answer], getattr(prompt, "variables", None)), where)
+    except UserError as error:
+        raise RewardError(str(error)) from error
 
 
 def score_tokens(model: PreTrainedModel, token_ids: Sequence[Sequence[int]], autocast: bool = False) -> Tensor:

@@ -15,6 +15,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
+from tether.chat import said
 from tether.errors import RewardError, UserError
 from tether.rewards.numeric import last_expression, stated_number
 
@@ -37,7 +38,7 @@ class ExampleError(RewardError):
 
 def text_of(completion: Text) -> str:
     """The text of a completion: itself, or the content of its last message."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+    return completion if isinstance(completion, str) else said(completion[-1])
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from tether.chat import said
+
 Turns = list[dict[str, str]]
 
 
@@ -15,9 +17,11 @@ def chat_turns(messages: Any) -> Turns | None:
     turns = []
     for message in messages:
         role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
-        if not isinstance(role, str) or not isinstance(content, str):
+        if not isinstance(role, str) or not (
+            isinstance(content, str) or (content is None and message.get("tool_calls"))
+        ):
             return None
-        turns.append({"role": role, "content": content})
+        turns.append({"role": role, "content": said(message)})
     return turns
 
 
