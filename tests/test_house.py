@@ -18,10 +18,21 @@ CORE = sorted((SOURCE / "ppo").glob("*.py"))
 NAMES = {path: str(path.relative_to(SOURCE)) for path in FILES}
 
 WORLDS = {"language", "control"}
-LEAVES = {"errors", "yaml_file", "episode", "user_code", "devices", "pretrained", "memory", "uncertainty"}
+LEAVES = {
+    "errors",
+    "yaml_file",
+    "episode",
+    "user_code",
+    "devices",
+    "pretrained",
+    "adapter_folders",
+    "memory",
+    "uncertainty",
+}
 """What every room may import, since it imports none."""
 
 BELOW: dict[str, set[str]] = {
+    "adapter_folders": {"errors"},
     "ppo": set(),
     "train": {"ppo", "episode", "memory"},
     "config": LEAVES,

@@ -24,6 +24,7 @@ from tether.language.adapters import (
     REFERENCE,
     adapter_weights,
     copy_adapters,
+    in_reference,
     is_adapter,
     using,
 )
@@ -259,7 +260,7 @@ class AdapterReference(Reference):
 
     def _weights_of(self, policy: LanguagePolicy) -> dict[str, Tensor]:
         theirs = adapter_weights(policy.model, POLICY)
-        return {name.replace(f".{POLICY}", f".{REFERENCE}"): parameter.data for name, parameter in theirs.items()}
+        return {in_reference(name): parameter.data for name, parameter in theirs.items()}
 
 
 def _bytes(tensor: Tensor) -> memoryview:

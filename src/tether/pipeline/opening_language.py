@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tether.language.adapters import describe_adapters, has_adapters
 from tether.language.reference import AdapterReference
 from tether.language.world import LanguageWorld
 from tether.pipeline.opening import (
@@ -34,6 +35,7 @@ def describe_ppo(config: PPOConfig, world: LanguageWorld, learner: Learner) -> l
     parts = [
         ("device", describe_device(policy.model.parameters(), policy.autocast)),
         ("model", f"{describe_model(policy.model, config.model)}; {describe_tokenizer(world.tokenizer)}"),
+        *adapters_line(policy.model),
         ("critic", _critic(world, learner)),
         ("reference", _reference(config, world)),
         ("prompts", prompts),
@@ -59,6 +61,11 @@ def describe_model(model: PreTrainedModel, name: str = "") -> str:
     """Name, class, and how many parameters it has, of which trained."""
     kind = type(model).__name__
     return f"{f'{name} ({kind})' if name else kind}: {describe_parameters(model.parameters())}"
+
+
+def adapters_line(model: PreTrainedModel) -> list[tuple[str, str]]:
+    """The line on a model's adapters; none where it has none."""
+    return [("adapters", describe_adapters(model))] if has_adapters(model) else []
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
