@@ -35,7 +35,6 @@ def describe_ppo(config: PPOConfig, world: LanguageWorld, learner: Learner) -> l
     parts = [
         ("device", describe_device(policy.model.parameters(), policy.autocast)),
         ("model", f"{describe_model(policy.model, config.model)}; {describe_tokenizer(world.tokenizer)}"),
-        *adapters_line(policy.model),
         ("critic", _critic(world, learner)),
         ("reference", _reference(config, world)),
         ("prompts", prompts),
@@ -58,14 +57,10 @@ def describe_policy(model: PreTrainedModel, name: str) -> str:
 
 
 def describe_model(model: PreTrainedModel, name: str = "") -> str:
-    """Name, class, and how many parameters it has, of which trained."""
+    """Name, class, and how many parameters it has, of which trained; what has adapters, and what has none."""
     kind = type(model).__name__
-    return f"{f'{name} ({kind})' if name else kind}: {describe_parameters(model.parameters())}"
-
-
-def adapters_line(model: PreTrainedModel) -> list[tuple[str, str]]:
-    """The line on a model's adapters; none where it has none."""
-    return [("adapters", describe_adapters(model))] if has_adapters(model) else []
+    adapters = f"; adapters of {describe_adapters(model)}" if has_adapters(model) else ""
+    return f"{f'{name} ({kind})' if name else kind}: {describe_parameters(model.parameters())}{adapters}"
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -26,7 +26,7 @@ from tether.language.models import Quantization, check_quantization, load_tokeni
 from tether.language.packing import TokenizedSamples, check_packing
 from tether.language.rows import load_rows
 from tether.pipeline.opening import aligned, count, describe_device
-from tether.pipeline.opening_language import adapters_line, describe_model, describe_tokenizer
+from tether.pipeline.opening_language import describe_model, describe_tokenizer
 from tether.pipeline.samples import Row, RowFormat, tokenize_rows
 from tether.pipeline.supervised import Batch, Optimizer, Report, SupervisedConfig, longest_text, plan_batches
 from tether.pretrained import check_vocabulary
@@ -170,7 +170,6 @@ def _opening(
         [
             ("device", describe_device(model.parameters(), config.autocast)),
             ("model", f"{describe_model(model, config.model)}; {describe_tokenizer(tokenizer)}"),
-            *adapters_line(model),
             ("data", text),
             ("run", f"{count(steps, 'step')} of {size}, in {config.output}"),
         ]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tether.errors import RewardError, UserError, reason
+from tether.pretrained import context_length
 from tether.rewards.verifiers import Text, text_of
 
 if TYPE_CHECKING:
@@ -148,9 +149,11 @@ def check_company(model: PreTrainedModel, path: str) -> None:
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     first = 0 if vocabulary < 32 else 16  # beyond the special tokens, where there is room
-    texts = [[first + (7 * i + 3 * n) % (vocabulary - first) for i in range(n)] for n in (3, 5, 9)]
+    room = context_length(model) or 9
+    sizes = [min(size, room) for size in (3, 5, 9)]
+    texts = [[first + (7 * i + 3 * size) % (vocabulary - first) for i in range(size)] for size in sizes]
     if model.config.is_encoder_decoder and isinstance(model.config.eos_token_id, int):  # the score is read there
-        texts = [[*ids, model.config.eos_token_id] for ids in texts]
+        texts = [[*ids[:-1], model.config.eos_token_id] for ids in texts]
     try:
         alone = torch.cat([score_tokens(model, [ids]) for ids in texts])
         together = score_tokens(model, texts)
