@@ -244,6 +244,12 @@ class AdapterReference(Reference):
         self.adapter = REFERENCE if trained or self.config.moves else None
         if self.adapter is not None:
             copy_adapters(model)
+        if self.config.ema is not None and any(weight.dtype != torch.float32 for weight in self._weights().values()):
+            raise UserError(
+                "reference.ema: averaging needs weights in float32, which keep the small steps that others round away, "
+                "but the adapters hold whole layers in another precision; set dtype float32, or use "
+                "reference.reset_every"
+            )
         began = [parameter for name, parameter in model.named_parameters() if not is_adapter(name)]
         self.fingerprint = fingerprint([*began, *(adapter_weights(model, REFERENCE).values() if trained else ())])
 

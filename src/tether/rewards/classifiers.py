@@ -70,6 +70,8 @@ def load_classifier(
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     adapters = path if is_classifier(path) else None
+    if adapters is None and new_head_seed is None and base_of(path) is not None:
+        raise UserError(f"{path}: adapters of a language model; expected a reward model, or adapters of one")
     whole = (base_of(path) or path) if adapters else path
     check_folder(whole, "reward model", "`path`")
     check_weight_files(whole)

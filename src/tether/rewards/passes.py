@@ -150,7 +150,7 @@ def check_company(model: PreTrainedModel, path: str) -> None:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     first = 0 if vocabulary < 32 else 16  # beyond the special tokens, where there is room
     room = context_length(model) or 9
-    sizes = [min(size, room) for size in (3, 5, 9)]
+    sizes = [min(size, room) for size in (3, 4, 5, 6, 7, 9)]  # so many that not all scores are near 0
     texts = [[first + (7 * i + 3 * size) % (vocabulary - first) for i in range(size)] for size in sizes]
     if model.config.is_encoder_decoder and isinstance(model.config.eos_token_id, int):  # the score is read there
         texts = [[*ids[:-1], model.config.eos_token_id] for ids in texts]
