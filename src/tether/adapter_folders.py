@@ -225,6 +225,9 @@ def put_adapters(model: PreTrainedModel, config: Any, folder: str | None = None,
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of a GPT-2's transposed weights, which peft sees to itself
+            warnings.simplefilter(
+                "ignore", RuntimeWarning
+            )  # of ranks of experts, which it looks for in the wrong place
             model.add_adapter(config, name)
     except Exception as error:  # of peft, which raises what its many kinds raise
         raise UserError(f"{folder or 'lora'}: no adapters for this model ({reason(error)})") from error

@@ -229,7 +229,7 @@ def describe_adapters(model: PreTrainedModel) -> str:
     whole = [name for name, module in model.named_modules() if name.endswith(f"modules_to_save.{POLICY}")]
     text = f"rank {model.peft_config[POLICY].r} on {', '.join(adapted)}"
     if whole:
-        text += "; trained whole: " + ", ".join(name.split(".")[-3] for name in whole)
+        text += "; trained whole: " + ", ".join(dict.fromkeys(name.split(".")[-3] for name in whole))
     outside = {id(end.weight) for end in ends(model) if end is not None}
     matrices = [
         (name, parameter)

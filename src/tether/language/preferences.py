@@ -312,7 +312,7 @@ def _texts_after(
     if any(ends) or any(within):
         holds, other = names if ends[0] or within[0] else names[::-1]
         raise UserError(f"{where}: `{holds}` holds the prompt, `{other}` does not; expected both or none{remedy}")
-    if prompt.strip() in chosen[: _shared(chosen, rejected)]:
+    if chosen[: _shared(chosen, rejected)].lstrip().find(prompt.strip()) > 0:
         raise UserError(
             f"{where}: `{names[0]}` and `{names[1]}` hold the prompt, but do not begin with it; expected the responses "
             f"alone, or whole dialogues that begin with it{remedy}"
