@@ -56,21 +56,17 @@ def adapter_settings(folder: str) -> dict[str, Any] | None:
     """What `adapter_config.json` says; None where the folder holds no adapters, or the whole model beside them.
 
     Raises:
-        UserError: the file cannot be read or names no model.
+        UserError: the file cannot be read.
     """
     file = Path(folder) / CONFIG_FILE
     if not folder or not file.is_file():
         return None
     try:
-        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        name = settings["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"{file}: no configuration of adapters ({reason(error)}); copy the folder again") from error
-    if not isinstance(name, str) or not name:
-        raise UserError(
-            f"{file}: base_model_name_or_path is {name!r}, expected the folder or hub name of the model that the "
-            "adapters belong to"
-        )
+    if not isinstance(settings, dict):
+        raise UserError(f"{file}: no configuration of adapters, but a {type(settings).__name__}; copy the folder again")
     return None if Path(folder, "config.json").is_file() else settings
 
 
@@ -81,14 +77,24 @@ def base_of(folder: str) -> str | None:
         UserError: its `adapter_config.json` cannot be read or names no model.
     """
     settings = adapter_settings(folder)
-    return None if settings is None else str(settings["base_model_name_or_path"])
+    if settings is None:
+        return None
+    name = settings.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UserError(
+            f"{Path(folder) / CONFIG_FILE}: base_model_name_or_path is {name!r}, expected the folder or hub name of "
+            "the model that the adapters belong to"
+        )
+    return name
 
 
 def is_classifier(folder: str) -> bool:
     """Whether the adapters in `folder` were trained for a classifier, such as a reward model is."""
     settings = adapter_settings(folder)
-    task = None if settings is None else settings.get("task_type")
-    return task == "SEQ_CLS" or (settings is not None and task is None and head_labels(folder) is not None)
+    if settings is None:
+        return False
+    task = settings.get("task_type")
+    return task == "SEQ_CLS" or (task is None and Path(folder, WEIGHTS_FILE).is_file() and bool(head_labels(folder)))
 
 
 def head_labels(folder: str) -> int | None:

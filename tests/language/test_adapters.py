@@ -348,22 +348,23 @@ def test_merged_and_saved_it_says_what_peft_says(name: str, tied: bool, tmp_path
     assert again.config.tie_word_embeddings == (tied and name == "rows")
 
 
-def test_a_vocabulary_that_was_enlarged_before(tmp_path: Path) -> None:
-    def larger() -> PreTrainedModel:
-        model = make_model()
-        model.resize_token_embeddings(20)
-        model.config.vocab_size = 20
-        return model
-
-    make_model().save_pretrained(tmp_path / "base")
-    for name, options in (("rows", {"trainable_token_indices": [16, 17]}), ("embeddings", {})):
-        model = larger()
-        model.name_or_path = str(tmp_path / "base")
-        config = peft.LoraConfig(r=2, target_modules=QV, base_model_name_or_path=str(tmp_path / "base"), **options)
-        expected = theirs(model, config, tmp_path / name)
-        ours = read_adapters(make_model(), str(tmp_path / name))
-        torch.testing.assert_close(log_probs(ours), expected)
-        assert ours.get_output_embeddings().weight.shape[0] == 20
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [16, 17]}])
+def test_a_vocabulary_that_was_enlarged_before(options: dict, tied: bool, tmp_path: Path) -> None:
+    base, larger = (make_model(tie_word_embeddings=tied) for _ in range(2))
+    base.save_pretrained(tmp_path / "base")
+    larger.resize_token_embeddings(20)
+    larger.name_or_path = str(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=QV, base_model_name_or_path=str(tmp_path / "base"), **options)
+    expected = theirs(larger, config, tmp_path / "theirs")
+    ours = read_adapters(base, str(tmp_path / "theirs"))
+    ours.name_or_path = str(tmp_path / "base")
+    ours.peft_config[POLICY].base_model_name_or_path = str(tmp_path / "base")
+    torch.testing.assert_close(log_probs(ours), expected)
+    assert ours.get_output_embeddings().weight.shape[0] == 20
+    save_model(ours, tmp_path / "ours")
+    again = read_adapters(make_model(tie_word_embeddings=tied), str(tmp_path / "ours"))
+    torch.testing.assert_close(log_probs(again), expected)
 
 
 # ---- mixtures of experts -----------------------------------------------------------------------------------------

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tether.adapter_folders import (
     CONFIG_FILE,
     POLICY,
+    PREFIX,
     REFERENCE,
+    WEIGHTS_FILE,
     adapter_weights,
     base_of,
     ends,
@@ -246,9 +250,22 @@ def describe_adapters(model: PreTrainedModel) -> str:
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
     """A plain Hugging Face folder; of a model with adapters, a folder of the trained adapters alone."""
-    model.save_pretrained(folder)
     if not has_adapters(model):
+        model.save_pretrained(folder)
         return
+    from peft import get_peft_model_state_dict
+
+    # Not by the model: transformers finds no name for a layer that peft saves twice, whole and as the vocabulary's
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that embeddings are saved along
+        found: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=POLICY)
+    kept: dict[int, str] = {}  # one name for each place in memory: that of the embeddings, which come first
+    for name in sorted(found, key=lambda name: ".modules_to_save." in name):
+        kept.setdefault(found[name].data_ptr(), name)
+    weights = {PREFIX + name: found[name].detach().cpu().contiguous() for name in sorted(kept.values())}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / WEIGHTS_FILE, {"format": "pt"})
+    model.peft_config[POLICY].save_pretrained(str(folder))
     # peft keeps names of layers in sets, whose order differs from one process to the next
     file = folder / CONFIG_FILE
     config = json.loads(file.read_text(encoding="utf-8"))

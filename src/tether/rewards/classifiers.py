@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tether.adapter_folders import (
+    adapter_settings,
     base_of,
     has_adapters,
     head_labels,
@@ -70,7 +71,7 @@ def load_classifier(
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     adapters = path if is_classifier(path) else None
-    if adapters is None and new_head_seed is None and base_of(path) is not None:
+    if adapters is None and new_head_seed is None and adapter_settings(path) is not None:
         raise UserError(f"{path}: adapters of a language model; expected a reward model, or adapters of one")
     whole = (base_of(path) or path) if adapters else path
     check_folder(whole, "reward model", "`path`")
