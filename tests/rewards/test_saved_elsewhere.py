@@ -56,8 +56,9 @@ def alone(model: Any, token_ids: list[list[int]]) -> list[float]:
         return [float(model(input_ids=torch.tensor([ids])).logits) for ids in token_ids]
 
 
-@pytest.mark.parametrize("pad", [None, "<eos>", "<pad>", "a"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("kind", "pad"), [("llama", None), ("llama", "<eos>"), ("llama", "<pad>"), ("llama", "a"), ("gpt2", None)]
+)
 def test_a_model_that_names_no_pad_is_read_at_the_last_token(kind: str, pad: str | None, tmp_path: Path) -> None:
     """Whatever the tokenizer pads with, eos or a token of the texts: in company as alone, score and training."""
     config = llama_config()
