@@ -20,11 +20,12 @@ NAMES = {path: str(path.relative_to(SOURCE)) for path in FILES}
 WORLDS = {"language", "control"}
 LEAVES = {
     *("errors", "yaml_file", "episode", "user_code", "devices", "pretrained", "memory", "uncertainty"),
-    *("chat", "tokens"),
+    *("adapter_folders", "chat", "tokens"),
 }
 """What every room may import, since it imports none."""
 
 BELOW: dict[str, set[str]] = {
+    "adapter_folders": {"errors"},
     "ppo": set(),
     "train": {"ppo", "episode", "memory"},
     "config": LEAVES,

@@ -134,5 +134,13 @@ def context_length(model: PreTrainedModel) -> int | None:
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         length = getattr(config, name, None)
         if isinstance(length, int) and length > 0:
-            return length
+            return length - _positions_of_padding(model)
     return None
+
+
+def _positions_of_padding(model: PreTrainedModel) -> int:
+    """RoBERTa and its kin count positions from behind the one that their padding has."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.padding_idx) + 1
+    return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tests.models import KINDS, make_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -20,6 +21,7 @@ from tether.language.adapters import (
     adapter_weights,
     base_of,
     copy_adapters,
+    describe_adapters,
     give_adapters,
     is_adapter,
     merge_adapters,
@@ -247,3 +249,167 @@ def test_a_configuration_that_says_nothing_of_a_base(tmp_path: Path) -> None:
 def test_a_copy_of_the_model_keeps_its_adapters() -> None:
     model = adapted()
     assert torch.equal(log_probs(copy.deepcopy(model)), log_probs(model))
+
+
+# ---- what others train beside matrices of low rank ---------------------------------------------------------------
+
+QV = ["q_proj", "v_proj"]
+TRAINED_ON = {
+    "embeddings whole": ("llama", {"modules_to_save": ["embed_tokens"]}),
+    "norm whole": ("llama", {"modules_to_save": ["norm"]}),
+    "rows of embeddings": ("llama", {"trainable_token_indices": [3, 4, 5]}),
+    "dora": ("llama", {"use_dora": True}),
+    "pissa": ("llama", {"init_lora_weights": "pissa"}),
+    "tied embeddings whole": ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["wte"]}),
+    "biases of its own": ("gpt2", {"target_modules": ["c_attn"], "lora_bias": True}),
+}
+REFUSED = {
+    "biases of the model": ("gpt2", peft.LoraConfig(r=2, target_modules=["c_attn"], bias="all"), r"bias of the model"),
+    "head whole": ("llama", peft.LoraConfig(r=2, target_modules=QV, modules_to_save=["lm_head"]), "an output head of"),
+    "tied rows": ("gpt2", peft.LoraConfig(r=2, target_modules=["c_attn"], trainable_token_indices=[3]), "output head"),
+    "ia3": ("llama", peft.IA3Config(target_modules=QV, feedforward_modules=[]), "kind IA3, expected LORA"),
+    "loha": ("llama", peft.LoHaConfig(r=2, target_modules=QV), "kind LOHA, expected LORA"),
+    "no bias": ("llama", peft.LoraConfig(r=2, target_modules=QV, lora_bias=True), "could never be merged"),
+    "alora": ("llama", peft.LoraConfig(r=2, target_modules=QV, alora_invocation_tokens=[3]), "alora_invocation_tokens"),
+    "prompt": ("llama", peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "no adapters for this"),
+}
+
+
+def theirs(model: PreTrainedModel, config: peft.PeftConfig, folder: Path) -> torch.Tensor:
+    """A folder of adapters that peft made and somebody trained, and what the model says with them."""
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    adapted.save_pretrained(folder)
+    settings = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": "base"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return log_probs(adapted)
+
+
+@pytest.mark.parametrize("name", TRAINED_ON)
+def test_all_that_adapters_train_has_a_twin_and_is_saved(name: str, tmp_path: Path) -> None:
+    kind, options = TRAINED_ON[name]
+    start = theirs(make_model(kind), peft.LoraConfig(**{"r": 2, "target_modules": QV} | options), tmp_path / "theirs")
+    model = give_adapters(make_model(kind), LoRAConfig(rank=2), str(tmp_path / "theirs"))
+    torch.testing.assert_close(log_probs(model), start)
+    start = log_probs(model)
+    copy_adapters(model)
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == set(adapter_weights(model, POLICY))
+    move(model, 0.3, seed=2)
+    moved = log_probs(model)
+    assert float((moved - start).abs().max()) > 0.1
+    with using(model, "reference"):
+        assert torch.equal(log_probs(model), start)
+    if name != "pissa":  # which takes from the weights what it starts with
+        with using(model, None):
+            assert torch.equal(log_probs(model), log_probs(make_model(kind)))
+    assert torch.equal(log_probs(model), moved)
+    assert {key for key, parameter in model.named_parameters() if parameter.requires_grad} == trained
+    model.peft_config[POLICY].base_model_name_or_path = "base"
+    save_model(model, tmp_path / "ours")
+    torch.testing.assert_close(log_probs(read_adapters(make_model(kind), str(tmp_path / "ours"))), moved)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_adapters_that_a_reference_could_not_follow_are_refused(name: str, tmp_path: Path) -> None:
+    kind, config, message = REFUSED[name]
+    theirs(make_model(kind), config, tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        give_adapters(make_model(kind), LoRAConfig(rank=2), str(tmp_path))
+    assert str(caught.value).startswith(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+MERGED = {
+    "embeddings whole": {"modules_to_save": ["embed_tokens"]},
+    "head whole": {"modules_to_save": ["lm_head"]},
+    "rows": {"trainable_token_indices": [3, 4]},
+    "on the embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "on the head": {"target_modules": ["q_proj", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+@pytest.mark.parametrize("name", MERGED)
+def test_merged_and_saved_it_says_what_peft_says(name: str, tied: bool, tmp_path: Path) -> None:
+    """Embeddings and head that shared a weight no longer do where adapters changed one of them."""
+    config = peft.LoraConfig(**{"r": 2, "target_modules": QV} | MERGED[name])
+    expected = theirs(make_model(tie_word_embeddings=tied), config, tmp_path / "theirs")
+    merged = merge_adapters(read_adapters(make_model(tie_word_embeddings=tied), str(tmp_path / "theirs")))
+    merged.save_pretrained(tmp_path / "plain")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    for model in (merged, again):
+        torch.testing.assert_close(log_probs(model), expected, atol=1e-3, rtol=0)
+    assert again.config.tie_word_embeddings == (tied and name == "rows")
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [16, 17]}])
+def test_a_vocabulary_that_was_enlarged_before(options: dict, tied: bool, tmp_path: Path) -> None:
+    base, larger = (make_model(tie_word_embeddings=tied) for _ in range(2))
+    base.save_pretrained(tmp_path / "base")
+    larger.resize_token_embeddings(20)
+    larger.name_or_path = str(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=QV, base_model_name_or_path=str(tmp_path / "base"), **options)
+    expected = theirs(larger, config, tmp_path / "theirs")
+    ours = read_adapters(base, str(tmp_path / "theirs"))
+    ours.name_or_path = str(tmp_path / "base")
+    ours.peft_config[POLICY].base_model_name_or_path = str(tmp_path / "base")
+    torch.testing.assert_close(log_probs(ours), expected)
+    assert ours.get_output_embeddings().weight.shape[0] == 20
+    save_model(ours, tmp_path / "ours")
+    again = read_adapters(make_model(tie_word_embeddings=tied), str(tmp_path / "ours"))
+    torch.testing.assert_close(log_probs(again), expected)
+
+
+# ---- mixtures of experts -----------------------------------------------------------------------------------------
+
+SIZE = {
+    "vocab_size": 16,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.4,
+    "num_experts_per_tok": 2,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+EXPERTS = {
+    "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4}),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, {"num_experts": 4, "moe_intermediate_size": 8, "head_dim": 8}),
+    "olmoe": (transformers.OlmoeConfig, {"num_experts": 4}),
+    "gpt_oss": (transformers.GptOssConfig, {"num_local_experts": 4, "head_dim": 8}),
+    "phimoe": (transformers.PhimoeConfig, {"num_local_experts": 4}),
+}
+WITHOUT = {"gpt_oss", "phimoe"}  # peft reaches none of their experts by the names of layers
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_mixture_of_experts_is_merged_and_says_what_is_adapted(name: str, tmp_path: Path) -> None:
+    kind, options = EXPERTS[name]
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(kind(**SIZE | options)).eval()
+    start = log_probs(base)
+    model = give_adapters(base, LoRAConfig(rank=2))
+    assert torch.equal(log_probs(model), start)
+    said = describe_adapters(model)
+    assert said.startswith("rank 2 on q_proj, k_proj, v_proj, o_proj")
+    assert ("none on" in said) == (name in WITHOUT)
+    assert "experts.gate_up_proj" in (said.partition("none on")[2] if name in WITHOUT else said)
+    copy_adapters(model)
+    move(model, 0.1)
+    moved = log_probs(model)
+    with using(model, "reference"):
+        assert torch.equal(log_probs(model), start)
+    merge_adapters(model).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert not any("peft" in type(module).__module__ for module in model.modules())
+    torch.testing.assert_close(log_probs(again), moved, atol=1e-3, rtol=0)

@@ -103,6 +103,63 @@ def test_conversations_share_all_turns_up_to_where_they_part() -> None:
     assert shorter.chosen == [KIND]
 
 
+ASKED = "\n\nHuman: What is 12 + 7?\n\nAssistant:"
+QUESTION = "What is 12 + 7?"
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "expected"),
+    [
+        (ASKED, ASKED + " 19", ASKED + " 12", (ASKED, " 19", " 12")),
+        (QUESTION + "\n", QUESTION + "\n19", QUESTION + "\n12", (QUESTION + "\n", "19", "12")),
+        (f" {QUESTION}\n", QUESTION + " 19", QUESTION + " 12", (f" {QUESTION}\n", " 19", " 12")),
+        (QUESTION, ASKED + " 19", ASKED + " 12", (ASKED, " 19", " 12")),
+        (QUESTION, "19", "12", (QUESTION, "19", "12")),
+        ("Say a", "Say another", "Say apple", ("Say a", "Say another", "Say apple")),  # goes on within a word
+        ("Hello", "Hello there", "Hello you", ("Hello", "Hello there", "Hello you")),  # a word may be said again
+        ([USER], [USER, KIND], [RUDE], ([USER], [KIND], [RUDE])),
+        ([SYSTEM, USER], [USER, KIND], [USER, RUDE], ([SYSTEM, USER], [KIND], [RUDE])),
+        ([SYSTEM, USER], [USER, KIND], [SYSTEM, USER, RUDE], ([SYSTEM, USER], [KIND], [RUDE])),
+        ([USER], [SYSTEM, USER, KIND], [SYSTEM, USER, RUDE], ([SYSTEM, USER], [KIND], [RUDE])),
+        ([USER], [{"role": "user", "content": "Hello? "}, KIND], [USER, RUDE], ([USER], [KIND], [RUDE])),
+        ([USER], [KIND, USER, KIND], [RUDE], ([USER], [KIND, USER, KIND], [RUDE])),
+    ],
+)
+def test_a_prompt_that_the_responses_hold_is_read_once(prompt: Any, chosen: Any, rejected: Any, expected: Any) -> None:
+    pair = one({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    assert (pair.prompt, pair.chosen, pair.rejected) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "message"),
+    [
+        (ASKED, ASKED + " 19", " 12", "`chosen` holds the prompt, `rejected` does not; expected both or none"),
+        (QUESTION, "19", QUESTION + " 12", "`rejected` holds the prompt, `chosen` does not"),
+        (QUESTION, ASKED + " 19", "12", "`chosen` holds the prompt, `rejected` does not"),
+        (QUESTION, f"Q: {QUESTION} A: 19", f"Q: {QUESTION} A: 12", "hold the prompt, but do not begin with it"),
+        ([USER], [USER | {"content": "Else?"}, KIND], [RUDE], "`chosen` begins with a message of the user that is not"),
+        ([USER], [SYSTEM, KIND], [RUDE], "`chosen` begins with a message of the system that is not the prompt's"),
+        ([USER], [SYSTEM, USER, KIND], [USER, RUDE], "before the prompt, `chosen` and `rejected` begin with other"),
+        ([USER | {"content": QUESTION}], QUESTION + " 19", "12", "`chosen` holds the prompt, `rejected` does not"),
+    ],
+)
+def test_a_prompt_in_one_response_alone_is_refused(prompt: Any, chosen: Any, rejected: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        one({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    assert message in str(caught.value)
+    assert "row 1" in str(caught.value)
+
+
+def test_what_texts_hold_can_be_said() -> None:
+    row = {"prompt": QUESTION, "chosen": QUESTION + " 19", "rejected": "12"}
+    pair = one(row, responses="alone")
+    assert (pair.prompt, pair.chosen, pair.rejected) == (QUESTION, QUESTION + " 19", "12")
+    assert one({"prompt": "Hi", "chosen": "Hi you", "rejected": "Hi I"}, responses="whole").chosen == " you"
+    with pytest.raises(UserError, match="do not begin with the prompt, but `responses` is whole"):
+        one({"prompt": QUESTION, "chosen": "19", "rejected": "12"}, responses="whole")
+
+
 def test_chat_makes_messages_of_text() -> None:
     pair = one({"prompt": "Hello?", "chosen": "Hello!", "rejected": "What?"}, chat=True)
     assert pair == Preference([USER], [KIND], [RUDE], row=1)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors import safe_open
@@ -26,6 +27,7 @@ from tether.language.world import CollectConfig, LanguageWorld
 from tether.pipeline.evaluate import EvalConfig, evaluate
 from tether.pipeline.export import ExportConfig, export
 from tether.pipeline.generate import GenerateConfig, generate
+from tether.pipeline.opening_language import describe_model
 from tether.pipeline.ppo import Parts, PPOConfig, build_ppo, train_ppo
 from tether.pipeline.sft import SFTConfig, fine_tune, sft
 from tether.ppo import AdvantageConfig, LearnerConfig, Trajectories
@@ -141,6 +143,47 @@ def test_resumed_as_if_it_had_never_stopped(options: dict[str, Any], base: str, 
     train_ppo(replace(stopped, iterations=2), parts())
     train_ppo(stopped, parts(), resume=True)
     assert_same_run(tmp_path / "stopped", whole.folder)
+
+
+@pytest.fixture(scope="module")
+def whole_layers(base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Adapters of another program's, which trained embeddings and norm whole."""
+    folder = tmp_path_factory.mktemp("theirs")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["embed_tokens", "norm"], task_type="CAUSAL_LM"
+    )
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    theirs.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("reference", [ReferenceConfig(), ReferenceConfig(ema=0.5)], ids=["still", "ema"])
+def test_layers_trained_whole_go_on_and_are_the_reference(
+    reference: ReferenceConfig, whole_layers: str, tmp_path: Path
+) -> None:
+    """The KL of the first batch is 0; what is resumed is what was saved."""
+    config = settings(whole_layers, tmp_path, reference=reference, iterations=2, checkpoint_every=1)
+    world, _ = build_ppo(config, parts())
+    assert "trained whole: embed_tokens, input_layernorm, post_attention_layernorm, norm;" in describe_model(
+        world.policy.model
+    )
+    whole = train_ppo(config, parts())
+    assert read_metrics(whole.folder)[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    stopped = replace(config, output=str(tmp_path / "stopped"))
+    train_ppo(replace(stopped, iterations=1), parts())
+    train_ppo(stopped, parts(), resume=True)
+    assert_same_run(tmp_path / "stopped", whole.folder)
+    policy = newest_checkpoint(whole.folder)[1] / "policy"
+    started = load_file(Path(whole_layers, "adapter_model.safetensors"))
+    ended = load_file(policy / "adapter_model.safetensors")
+    moved = {name.split(".")[-2] for name, weight in ended.items() if not torch.equal(weight, started[name])}
+    assert moved >= {"embed_tokens", "norm", "lora_A", "lora_B"}
+    torch.testing.assert_close(log_probs(load_causal_lm(str(policy))), log_probs(whole.world.policy.model))
 
 
 def test_a_reference_that_follows_lowers_the_kl_from_the_second_iteration_on(base: str, tmp_path: Path) -> None:

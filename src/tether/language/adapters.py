@@ -15,19 +15,48 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tether.errors import UserError, reason
+from tether.adapter_folders import (
+    CONFIG_FILE,
+    POLICY,
+    PREFIX,
+    REFERENCE,
+    WEIGHTS_FILE,
+    adapter_weights,
+    base_of,
+    ends,
+    has_adapters,
+    is_adapter,
+    merge_adapters,
+    put_adapters,
+    read_adapters,
+    read_weights,
+)
+from tether.errors import UserError
 from tether.pretrained import without_bars
 
-POLICY = "default"  # the name of the adapter that is trained
-REFERENCE = "reference"  # and of a frozen one beside it
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+__all__ = [
+    "POLICY",
+    "REFERENCE",
+    "LoRAConfig",
+    "adapter_weights",
+    "base_of",
+    "copy_adapters",
+    "describe_adapters",
+    "give_adapters",
+    "has_adapters",
+    "in_reference",
+    "is_adapter",
+    "merge_adapters",
+    "read_adapters",
+    "read_weights",
+    "save_model",
+    "using",
+]
 
 
 @dataclass(frozen=True)
@@ -72,167 +101,179 @@ def give_adapters(model: PreTrainedModel, config: LoRAConfig, folder: str | None
     if has_adapters(model):
         raise UserError("lora.rank is set, but the model has adapters already; expected one without")
     if folder is not None:
-        rank = getattr(read_adapters(model, folder).peft_config[POLICY], "r", None)
-        if rank != config.rank:
-            found = "are of another kind" if rank is None else f"have rank {rank}"
-            raise UserError(f"lora.rank is {config.rank}, but the adapters in {folder} {found}")
+        _check_read(read_adapters(model, folder), config, folder)
         return model
     _check_targets(model, config.target_modules)
     targets = list(config.target_modules) or "all-linear"
     alpha: Any = config.alpha  # declared as int by peft, which only divides it
-    _add(model, LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM"))
+    routers = None if config.target_modules else _routers(model) or None
+    put_adapters(
+        model,
+        LoraConfig(
+            r=config.rank, lora_alpha=alpha, target_modules=targets, exclude_modules=routers, task_type="CAUSAL_LM"
+        ),
+    )
+    _check_tied(model, "lora.target_modules")
     return model
 
 
-def has_adapters(model: PreTrainedModel) -> bool:
-    """Whether adapters have been put into the model."""
-    return bool(getattr(model, "_hf_peft_config_loaded", False))
+def _routers(model: PreTrainedModel) -> list[str]:
+    """Names of linear layers that compute more than a product, such as the routers of some mixtures of experts."""
+    return [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+        and type(layer).forward is not nn.Linear.forward
+        and type(layer).__module__.startswith("transformers.models.")
+    ]
 
 
-def base_of(folder: str) -> str | None:
-    """The folder or hub name of the model that the adapters in `folder` belong to; None where it holds no adapters.
+def _check_read(model: PreTrainedModel, config: LoRAConfig, folder: str) -> None:
+    """Adapters that are trained on must have a twin in the reference, and must be all that is trained."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    Raises:
-        UserError: its `adapter_config.json` cannot be read or names no model.
-    """
-    file = Path(folder) / CONFIG_FILE
-    if not folder or not file.is_file():
-        return None
-    try:
-        name = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: no configuration of adapters ({reason(error)}); copy the folder again") from error
-    if not isinstance(name, str) or not name:
-        raise UserError(
-            f"{file}: base_model_name_or_path is {name!r}, expected the folder or hub name of the model that the "
-            "adapters belong to"
-        )
-    if Path(folder, "config.json").is_file():  # adapters beside the whole model that they belong to
-        return None
-    return name
-
-
-def read_adapters(model: PreTrainedModel, folder: str) -> PreTrainedModel:
-    """Put the adapters of a folder into their base model, which is frozen; they may be trained on.
-
-    Raises:
-        UserError: the folder is damaged, or belongs to another model.
-    """
-    from peft import PeftConfig
-
-    try:
-        config = PeftConfig.from_pretrained(folder)
-    except Exception as error:  # of peft, for whatever is in the file
-        raise UserError(f"{Path(folder) / CONFIG_FILE}: no adapters that peft knows ({reason(error)})") from error
-    config.inference_mode = False
-    _add(model, config, folder)
-    read_weights(model, folder)
-    return model
-
-
-def read_weights(model: PreTrainedModel, folder: str) -> None:
-    """Replace the weights of the model's adapters by those of a folder.
-
-    Raises:
-        UserError: they cannot be read, or are not those of this model's adapters.
-    """
-    from peft import set_peft_model_state_dict
-
-    file = Path(folder) / WEIGHTS_FILE
-    if not file.is_file():
-        raise UserError(f"{folder}: the folder has no {WEIGHTS_FILE}; expected adapters saved as safetensors")
-    try:
-        weights = {name.removeprefix("base_model.model."): weight for name, weight in load_file(file).items()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: damaged or cut short ({reason(error)}); copy it again") from error
-    try:
-        found: Any = set_peft_model_state_dict(model, weights, adapter_name=POLICY)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{file}: adapters of another model ({reason(error)})") from error
-    missing = sorted(name for name in found.missing_keys if f".{POLICY}" in name)
-    if missing or found.unexpected_keys:
-        name = (missing or sorted(found.unexpected_keys))[0]
-        raise UserError(
-            f"{file}: adapters of another model: {len(missing)} tensors missing, {len(found.unexpected_keys)} unknown "
-            f"({name})"
-        )
+    merge = (
+        f"merge them: `tether export --model {folder} --output FOLDER`, and give FOLDER adapters of its own, or train "
+        "on without lora.rank"
+    )
+    theirs = model.peft_config[POLICY]
+    kind = getattr(theirs.peft_type, "value", theirs.peft_type)
+    if kind != "LORA":
+        raise UserError(f"{folder}: adapters of kind {kind}, expected LORA; {merge}")
+    if theirs.r != config.rank:
+        raise UserError(f"lora.rank is {config.rank}, but the adapters in {folder} have rank {theirs.r}")
+    for name, layer in model.named_modules():
+        if getattr(layer, "lora_bias", {}).get(POLICY) and getattr(layer.base_layer, "bias", None) is None:
+            raise UserError(f"{folder}: lora_bias is set, but {name} has no bias, so that they could never be merged")
+    own = adapter_weights(model, POLICY)
     for name, parameter in model.named_parameters():
-        if is_adapter(name) and not bool(parameter.isfinite().all()):
-            raise UserError(f"{file}: the weights hold NaN or infinity: {name}; train the adapters again")
+        if parameter.requires_grad and name not in own:
+            raise UserError(
+                f"{folder}: besides adapters, {name} of the model itself was trained (bias: {theirs.bias}), which the "
+                f"reference would share; {merge}"
+            )
+    if isinstance(model.get_output_embeddings(), AuxiliaryTrainingWrapper):
+        raise UserError(f"{folder}: the adapters hold an output head of their own; {merge}")
+    _check_tied(model, folder)
+
+
+def _check_tied(model: PreTrainedModel, place: str) -> None:
+    """Raises UserError where a low-rank adapter is on one of two layers that share their weight."""
+    embeddings, head = ends(model)
+    adapted = any(hasattr(end, "base_layer") for end in (model.get_input_embeddings(), model.get_output_embeddings()))
+    if adapted and head is not None and head.weight is embeddings.weight:
+        raise UserError(
+            f"{place}: adapters on the embeddings or the output head of a model that shares one weight between them; "
+            "leave those layers out"
+        )
 
 
 def copy_adapters(model: PreTrainedModel) -> None:
-    """A frozen twin, called `REFERENCE`, of the adapters that are trained."""
-    _add(model, copy.deepcopy(model.peft_config[POLICY]), name=REFERENCE)
-    model.set_adapter(POLICY)
+    """A frozen twin, called `REFERENCE`, of the adapters that are trained, layers saved whole included."""
+    config = copy.deepcopy(model.peft_config[POLICY])
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # others, such as those of PiSSA, would take from the weights beside them
+    put_adapters(model, config, name=REFERENCE)
+    _choose(model, POLICY)
     parameters = dict(model.named_parameters())
     for name, weight in adapter_weights(model, POLICY).items():
-        parameters[name.replace(f".{POLICY}", f".{REFERENCE}")].data.copy_(weight)
+        parameters[in_reference(name)].data.copy_(weight)
 
 
-def adapter_weights(model: PreTrainedModel, name: str) -> dict[str, nn.Parameter]:
-    """The parameters of the adapters called `name`, by their names in the model."""
-    return {key: parameter for key, parameter in model.named_parameters() if is_adapter(key) and f".{name}" in key}
-
-
-def is_adapter(parameter: str) -> bool:
-    """Whether a model's parameter of this name belongs to adapters."""
-    return ".lora_" in parameter
+def in_reference(parameter: str) -> str:
+    """The name of the same weight in the twin."""
+    return ".".join(REFERENCE if part == POLICY else part for part in parameter.split("."))
 
 
 @contextmanager
 def using(model: PreTrainedModel, adapter: str | None) -> Iterator[PreTrainedModel]:
     """Within this context the model computes with the adapters of this name; None: as its base, to the bit."""
     if adapter is None:
-        model.disable_adapters()
+        _enable(model, False)
     else:
-        model.set_adapter(adapter)
+        _choose(model, adapter)
     try:
         yield model
     finally:
         if adapter is None:
-            model.enable_adapters()
+            _enable(model, True)
         else:
-            model.set_adapter(POLICY)
+            _choose(model, POLICY)
 
 
-def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
-    """The plain model again, W + (alpha / rank)·B A in the place of each W, its parameters trainable; in place.
+def _parts(model: PreTrainedModel) -> list[Any]:
+    """Every module of peft; transformers' own switches pass over layers that are saved whole."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    Raises:
-        UserError: a merged weight is not finite.
-    """
-    for name, module in list(model.named_modules()):
-        try:
-            if hasattr(module, "unload_and_optionally_merge_module"):
-                plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
-            elif hasattr(module, "base_layer") and hasattr(module, "merge"):
-                module.merge(safe_merge=True)
-                plain = module.get_base_layer()
-            else:
-                continue
-        except ValueError as error:
-            raise UserError(f"the adapters cannot be merged: {name}: {reason(error)}") from error
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, plain)
-    del model.peft_config
-    model._hf_peft_config_loaded = False
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
-    return model
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+
+
+def _enable(model: PreTrainedModel, on: bool) -> None:
+    for part in _parts(model):
+        part.enable_adapters(enabled=on)
+
+
+def _choose(model: PreTrainedModel, adapter: str) -> None:
+    for part in _parts(model):
+        part.set_adapter(adapter)
+
+
+def describe_adapters(model: PreTrainedModel) -> str:
+    """Which layers have adapters, which matrices have none, and how much of the model these are."""
+    adapted: dict[str, None] = {}  # ends of names, in the model's order
+    covered: set[int] = set()  # parameters, by identity
+    for name, module in model.named_modules():
+        if not hasattr(module, "base_layer"):
+            continue
+        weight = getattr(module, "parameter_name", "weight")
+        layer: Any = module.get_base_layer()
+        covered.add(id(getattr(layer, weight)))
+        place = name.replace(".base_layer", "").removesuffix(".token_adapter")
+        adapted[place.rpartition(".")[2] if weight == "weight" else f"{place.rpartition('.')[2]}.{weight}"] = None
+    whole = [name for name, module in model.named_modules() if name.endswith(f"modules_to_save.{POLICY}")]
+    text = f"rank {model.peft_config[POLICY].r} on {', '.join(adapted)}"
+    if whole:
+        text += "; trained whole: " + ", ".join(dict.fromkeys(name.split(".")[-3] for name in whole))
+    outside = {id(end.weight) for end in ends(model) if end is not None}
+    matrices = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2 and not is_adapter(name) and not name.endswith("bias") and id(parameter) not in outside
+    ]
+    without = [(name, parameter) for name, parameter in matrices if id(parameter) not in covered]
+    if not without:
+        return text
+    size = sum(parameter.numel() for _, parameter in without) / sum(parameter.numel() for _, parameter in matrices)
+    names = dict.fromkeys(".".join(name.removesuffix(".weight").split(".")[-2:]) for name, _ in without)
+    return f"{text}; none on {', '.join(names)}, {size:.0%} of the weights of the layers"
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
     """A plain Hugging Face folder; of a model with adapters, a folder of the trained adapters alone."""
-    with without_bars():
-        model.save_pretrained(folder)
     if not has_adapters(model):
+        with without_bars():
+            model.save_pretrained(folder)
         return
+    from peft import get_peft_model_state_dict
+
+    # Not by the model: transformers finds no name for a layer that peft saves twice, whole and as the vocabulary's
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that embeddings are saved along
+        found: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=POLICY)
+    kept: dict[int, str] = {}  # one name for each place in memory: that of the embeddings, which come first
+    for name in sorted(found, key=lambda name: ".modules_to_save." in name):
+        kept.setdefault(found[name].data_ptr(), name)
+    weights = {PREFIX + name: found[name].detach().cpu().contiguous() for name in sorted(kept.values())}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / WEIGHTS_FILE, {"format": "pt"})
+    model.peft_config[POLICY].save_pretrained(str(folder))
     # peft keeps names of layers in sets, whose order differs from one process to the next
     file = folder / CONFIG_FILE
     config = json.loads(file.read_text(encoding="utf-8"))
-    if isinstance(config["target_modules"], list):
-        config["target_modules"].sort()
+    for name in ("target_modules", "target_parameters", "exclude_modules"):
+        if isinstance(config.get(name), list):
+            config[name].sort()
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -246,25 +287,3 @@ def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
                 f"lora.target_modules: the name of no layer ends in {target}; those of the linear layers end in "
                 f"{', '.join(sorted(linear))}"
             )
-
-
-def _add(model: PreTrainedModel, config: Any, folder: str | None = None, name: str = POLICY) -> None:
-    """Put adapters into a model, float32 and on its device."""
-    from peft.functional import cast_adapter_dtype
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of a GPT-2's transposed weights, which peft sees to itself
-            model.add_adapter(config, name)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{folder or 'lora'}: no adapters for this model ({reason(error)})") from error
-    ends_of_model = (model.get_input_embeddings(), model.get_output_embeddings())
-    if model.config.get_text_config().tie_word_embeddings and any(hasattr(end, "base_layer") for end in ends_of_model):
-        raise UserError(
-            f"{folder or 'lora.target_modules'}: adapters on the embeddings or the output head of a model that shares "
-            "one weight between them, into which they could not be merged; leave those layers out"
-        )
-    cast_adapter_dtype(model, name)
-    model.eval()
-    base = model.__dict__.get("name_or_path") or ""
-    config.base_model_name_or_path = str(Path(base).resolve()) if base and Path(base).is_dir() else base

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tether.adapter_folders import is_classifier
 from tether.devices import choose_device
 from tether.errors import UserError, reason
 from tether.language.adapters import LoRAConfig, base_of, give_adapters, has_adapters, merge_adapters, read_adapters
@@ -89,7 +90,7 @@ def load_causal_lm(
     Raises:
         UserError: no such folder, an unreadable configuration, missing or broken weights, an unknown device.
     """
-    base = base_of(path)
+    base = _base_of(path)
     if base is not None:
         try:
             model = load_causal_lm(base, dtype, device, trust_remote_code, quantization)
@@ -149,9 +150,16 @@ def load_trainable(
     """
     if not lora.rank:
         return load_causal_lm(path, dtype, device, trust_remote_code, quantization)
-    base = base_of(path)
+    base = _base_of(path)
     model = load_causal_lm(base or path, dtype, device, trust_remote_code, quantization)
     return give_adapters(model, lora, None if base is None else path)
+
+
+def _base_of(path: str) -> str | None:
+    base = base_of(path)
+    if base is not None and is_classifier(path):
+        raise UserError(f"{path}: adapters of a classifier, such as a reward model; expected those of a language model")
+    return base
 
 
 def check_quantization(quantization: Quantization, lora: LoRAConfig) -> None:
@@ -232,6 +240,9 @@ def _check_config(path: str, trust_remote_code: bool) -> None:
                 f"{path}: no such folder, and no model of this name could be loaded from the hub ({reason(error)})"
             ) from error
         raise UserError(f"{path}/config.json: no model that transformers knows ({reason(error)})") from error
+    architectures = getattr(config, "architectures", None) or []
+    if any("SequenceClassification" in name for name in architectures):
+        raise UserError(f"{path}: a classifier, such as a reward model ({architectures[0]}); expected a language model")
     custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not custom and type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"{path}: a model of type {config.model_type!r}; expected a causal language model")

@@ -50,6 +50,9 @@ class PreferencesConfig(ChatOptions):
     """Column that is true, or says `tie`, where neither was preferred. None: `tie` where there is one."""
     chat: bool = False
     """Turn text prompts and responses into messages of the user and the assistant."""
+    responses: Literal["auto", "alone", "whole"] = "auto"
+    """Whether texts beside a prompt are responses alone, or whole dialogues that begin with the prompt, which is read
+    once. auto: whole where both begin with it, or with a dialogue that holds it; an error where one does."""
     duplicates: Literal["drop", "keep"] = "drop"
     """What happens to a comparison that was there before: left out, or kept, as when several people judged a pair."""
 
@@ -215,7 +218,7 @@ def _preference(row: Row, number: int, columns: _Columns, config: PreferencesCon
         value = row.get(columns.prompt)
         # A data set that mixes both forms has null where the prompt is within the conversations.
         given = None if value is None else _text(value, f"{where}: column `{columns.prompt}`")
-    prompt, chosen, rejected = _apart(given, chosen, rejected, where)
+    prompt, chosen, rejected = _apart(given, chosen, rejected, config, where)
     if config.chat and isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
         prompt = [{"role": "user", "content": prompt}]
         chosen, rejected = _as_messages(chosen), _as_messages(rejected)
@@ -228,30 +231,117 @@ def _preference(row: Row, number: int, columns: _Columns, config: PreferencesCon
     return Preference(prompt, chosen, rejected, margin, tie, number)
 
 
-def _apart(prompt: Text | None, chosen: Text, rejected: Text, where: str) -> tuple[Text, Text, Text]:
-    """Prompt and responses, all text or all messages."""
+def _apart(
+    prompt: Text | None, chosen: Text, rejected: Text, config: PreferencesConfig, where: str
+) -> tuple[Text, Text, Text]:
+    """Prompt and responses, all text or all messages, the prompt not in the responses."""
     if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is None:
             return _text_apart(chosen, rejected, where)
+        question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        found, chosen, rejected = _texts_after(question, chosen, rejected, config, where)
         if isinstance(prompt, str):
-            return prompt, chosen, rejected
+            return found, chosen, rejected
         return prompt, _as_messages(chosen), _as_messages(rejected)
     assert not isinstance(chosen, str)
     assert not isinstance(rejected, str)
     if isinstance(prompt, list):
-        if chosen[: len(prompt)] == prompt and rejected[: len(prompt)] == prompt:  # whole conversations all the same
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        return prompt, chosen, rejected
+        places = [_after(prompt, side, f"{where}: `{name}`") for name, side in _sides(chosen, rejected, config)]
+        leads = [side[:start] for side, (start, _) in zip((chosen, rejected), places, strict=True)]
+        if leads[0] != leads[1]:
+            raise UserError(
+                f"{where}: before the prompt, `{config.chosen_column}` and `{config.rejected_column}` begin with "
+                "other messages; expected responses to the same prompt"
+            )
+        return leads[0] + prompt, chosen[places[0][1] :], rejected[places[1][1] :]
     if isinstance(prompt, str) and all(m["role"] == "assistant" for m in (chosen[0], rejected[0])):
         return [{"role": "user", "content": prompt}], chosen, rejected
     return _conversations_apart(chosen, rejected, where)
 
 
+def _sides(chosen: Messages, rejected: Messages, config: PreferencesConfig) -> list[tuple[str, Messages]]:
+    return [(config.chosen_column, chosen), (config.rejected_column, rejected)]
+
+
+def _after(prompt: Messages, response: Messages, place: str) -> tuple[int, int]:
+    """Where in the messages of a response the prompt begins and ends; 0, 0 where they are a response alone.
+
+    They may begin with a system message that the prompt lacks, or lack the first of the prompt's.
+    """
+    said = [(message["role"], message["content"].strip()) for message in response]
+    asked = [(message["role"], message["content"].strip()) for message in prompt]
+    start = next((i for i, (role, _) in enumerate(said) if role != "system"), 0)
+    for begin, lead in ((0, 0), (0, start), *((k, 0) for k in range(1, len(asked)))):
+        if said[lead : lead + len(asked) - begin] == asked[begin:]:
+            return lead, lead + len(asked) - begin
+    if said[0][0] == "system" or (said[0][0] == "user" and asked[-1][0] == "user"):
+        raise UserError(
+            f"{place} begins with a message of the {said[0][0]} that is not the prompt's; expected the response alone, "
+            "or the whole conversation with the same prompt"
+        )
+    return 0, 0
+
+
+def response_to(prompt: Text, response: Text, place: str) -> Text:
+    """The messages of a response alone, where they may be a whole conversation that begins with the prompt's.
+
+    Raises:
+        UserError: they begin with another prompt; `place` is where they stand.
+    """
+    if isinstance(prompt, str) or isinstance(response, str):
+        return response
+    start, end = _after(prompt, response, place)
+    if start:
+        raise UserError(f"{place} begins with a system message that the prompt has not; expected the same prompt")
+    return response[end:]
+
+
+def _texts_after(
+    prompt: str, chosen: str, rejected: str, config: PreferencesConfig, where: str
+) -> tuple[str, str, str]:
+    """The prompt as it is read, and what follows it in both texts."""
+    if config.responses == "alone":
+        return prompt, chosen, rejected
+    whole = config.responses == "whole"
+    if len(prompt.split()) < 2 and not whole:  # a word may well be said again
+        return prompt, chosen, rejected
+    names = config.chosen_column, config.rejected_column
+    ends = [_end_of(prompt, side) for side in (chosen, rejected)]
+    if all(ends):
+        return prompt, chosen[ends[0] :], rejected[ends[1] :]
+    within = [prompt.strip() in side[: max(0, side.rfind(ASSISTANT))] for side in (chosen, rejected)]
+    if all(within):
+        return _text_apart(chosen, rejected, where)
+    remedy = "; set `responses` to alone where they are responses that repeat it"
+    if any(ends) or any(within):
+        holds, other = names if ends[0] or within[0] else names[::-1]
+        raise UserError(f"{where}: `{holds}` holds the prompt, `{other}` does not; expected both or none{remedy}")
+    if chosen[: _shared(chosen, rejected)].lstrip().find(prompt.strip()) > 0:
+        raise UserError(
+            f"{where}: `{names[0]}` and `{names[1]}` hold the prompt, but do not begin with it; expected the responses "
+            f"alone, or whole dialogues that begin with it{remedy}"
+        )
+    if whole:
+        raise UserError(
+            f"{where}: `{names[0]}` and `{names[1]}` do not begin with the prompt, but `responses` is whole"
+        )
+    return prompt, chosen, rejected
+
+
+def _end_of(prompt: str, text: str) -> int:
+    """Where a prompt that a text begins with ends in it; 0 where it does not, or goes on within a word."""
+    exact = text.startswith(prompt)
+    said = prompt if exact else prompt.strip()
+    start = 0 if exact else len(text) - len(text.lstrip())
+    end = start + len(said)
+    if not said or not text.startswith(said, start):
+        return 0
+    return 0 if said[-1].isalnum() and text[end : end + 1].isalnum() else end
+
+
 def _text_apart(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
     """The prompt goes through the last `Assistant:` that both share."""
-    most = min(len(chosen), len(rejected))
-    shared = next((place for place in range(most) if chosen[place] != rejected[place]), most)  # characters
-    place = chosen.rfind(ASSISTANT, 0, shared)
+    place = chosen.rfind(ASSISTANT, 0, _shared(chosen, rejected))
     if place < 0:
         raise UserError(
             f"{where}: there is no prompt, and the two responses do not begin with a shared dialogue that has a turn "
@@ -259,6 +349,12 @@ def _text_apart(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
         )
     end = place + len(ASSISTANT)
     return chosen[:end], chosen[end:], rejected[end:]
+
+
+def _shared(chosen: str, rejected: str) -> int:
+    """Characters that both begin with."""
+    most = min(len(chosen), len(rejected))
+    return next((place for place in range(most) if chosen[place] != rejected[place]), most)
 
 
 def _conversations_apart(chosen: Messages, rejected: Messages, where: str) -> tuple[Messages, Messages, Messages]:

@@ -24,6 +24,7 @@ from tether.language.adapters import (
     REFERENCE,
     adapter_weights,
     copy_adapters,
+    in_reference,
     is_adapter,
     using,
 )
@@ -243,6 +244,12 @@ class AdapterReference(Reference):
         self.adapter = REFERENCE if trained or self.config.moves else None
         if self.adapter is not None:
             copy_adapters(model)
+        if self.config.ema is not None and any(weight.dtype != torch.float32 for weight in self._weights().values()):
+            raise UserError(
+                "reference.ema: averaging needs weights in float32, which keep the small steps that others round away, "
+                "but the adapters hold whole layers in another precision; set dtype float32, or use "
+                "reference.reset_every"
+            )
         began = [parameter for name, parameter in model.named_parameters() if not is_adapter(name)]
         self.fingerprint = fingerprint([*began, *(adapter_weights(model, REFERENCE).values() if trained else ())])
 
@@ -259,7 +266,7 @@ class AdapterReference(Reference):
 
     def _weights_of(self, policy: LanguagePolicy) -> dict[str, Tensor]:
         theirs = adapter_weights(policy.model, POLICY)
-        return {name.replace(f".{POLICY}", f".{REFERENCE}"): parameter.data for name, parameter in theirs.items()}
+        return {in_reference(name): parameter.data for name, parameter in theirs.items()}
 
 
 def _bytes(tensor: Tensor) -> memoryview:

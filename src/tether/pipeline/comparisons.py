@@ -19,7 +19,7 @@ from tether.chat import said
 from tether.errors import UserError
 from tether.language.preferences import Preference
 from tether.pipeline.supervised import fate_of
-from tether.rewards.passes import encode, passes, score_all, score_tokens
+from tether.rewards.passes import encode, passes, score_all, score_tokens, shortened
 
 
 def preference_loss(chosen: Tensor, rejected: Tensor, margins: Tensor, ties: Tensor, centring: float = 0.0) -> Tensor:
@@ -99,7 +99,7 @@ def tokenize_pairs(
         if fate == "truncate":
             truncated += 1
             for side in both:
-                side[index] = side[index][-max_tokens:]
+                side[index] = shortened(tokenizer, side[index], max_tokens)
         kept.append(index)
     if not kept:
         raise UserError(f"{origin}: all {skipped} comparisons are longer than {max_tokens} tokens: raise `max_tokens`")

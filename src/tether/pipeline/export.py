@@ -1,29 +1,34 @@
-"""`tether export`: a policy as one plain Hugging Face folder that needs nothing else, adapters merged into their base.
+"""`tether export`: a policy, or a reward model, as one plain Hugging Face folder, adapters merged into their base.
 
 Knows folders and models; nothing of runs.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from tether.adapter_folders import is_classifier
 from tether.errors import UserError
 from tether.language.adapters import base_of
 from tether.language.models import load_causal_lm, load_tokenizer
 from tether.pipeline.sft import save_policy
-from tether.pretrained import DTYPES, check_vocabulary
+from tether.pretrained import DTYPES, check_folder, check_vocabulary
+from tether.rewards.classifiers import load_classifier
+from tether.rewards.normalisation import Normalisation
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """A policy as one plain Hugging Face folder."""
+    """A policy, or a reward model, as one plain Hugging Face folder."""
 
     model: str = ""
-    """Folder or hub name of the policy, such as the `policy/` of a checkpoint; of adapters, or of a whole model."""
+    """Folder or hub name of the policy, such as the `policy/` of a checkpoint, or of a reward model; of adapters, or of
+    a whole model."""
     output: str = ""
     """Folder that is written: the weights as safetensors, the configuration and the tokenizer."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -51,9 +56,7 @@ def export(config: ExportConfig) -> Path:
         Path(path).resolve() for path in (config.model, base_of(config.model) or "")
     ):
         raise UserError(f"{config.output}: the model that is to be exported lies there; name another folder")
-    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-    model = load_causal_lm(config.model, trust_remote_code=config.trust_remote_code)
-    check_vocabulary(model, tokenizer, config.model)
+    model, tokenizer = _load(config)
     base = base_of(config.model) or config.model
     own = AutoConfig.from_pretrained(base, trust_remote_code=config.trust_remote_code).dtype
     dtype = DTYPES["float32"] if own is None else own
@@ -63,4 +66,28 @@ def export(config: ExportConfig) -> Path:
             raise UserError(f"dtype is {config.dtype}, in which {name} overflows; expected float32 or bfloat16")
     folder.parent.mkdir(parents=True, exist_ok=True)
     save_policy(model, tokenizer, folder)
+    normalisation = Normalisation.load(Path(config.model))
+    if normalisation is not None:
+        normalisation.save(folder)
     return folder
+
+
+def _load(config: ExportConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The policy, or the reward model, in float32, and its tokenizer."""
+    if _is_reward_model(config.model):
+        return load_classifier(config.model, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    model = load_causal_lm(config.model, trust_remote_code=config.trust_remote_code)
+    check_vocabulary(model, tokenizer, config.model)
+    return model, tokenizer
+
+
+def _is_reward_model(path: str) -> bool:
+    if base_of(path) is not None:
+        return is_classifier(path)
+    file = Path(path, "config.json")
+    if not path or not file.is_file():
+        return False
+    check_folder(path)
+    architectures = json.loads(file.read_text(encoding="utf-8")).get("architectures") or []
+    return any("SequenceClassification" in name for name in architectures)

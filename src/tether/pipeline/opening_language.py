@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tether.chat import kept_kwargs
+from tether.language.adapters import describe_adapters, has_adapters
 from tether.language.reference import AdapterReference
 from tether.language.world import LanguageWorld
 from tether.pipeline.opening import (
@@ -58,9 +59,10 @@ def describe_policy(model: PreTrainedModel, name: str) -> str:
 
 
 def describe_model(model: PreTrainedModel, name: str = "") -> str:
-    """Name, class, and how many parameters it has, of which trained."""
+    """Name, class, and how many parameters it has, of which trained; what has adapters, and what has none."""
     kind = type(model).__name__
-    return f"{f'{name} ({kind})' if name else kind}: {describe_parameters(model.parameters())}"
+    adapters = f"; adapters of {describe_adapters(model)}" if has_adapters(model) else ""
+    return f"{f'{name} ({kind})' if name else kind}: {describe_parameters(model.parameters())}{adapters}"
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from tether.chat import ChatOptions, Conversation, variables_of
 from tether.errors import UserError
+from tether.language.preferences import response_to
 from tether.language.rows import Row, load_rows
 from tether.pipeline.generate import check_output, open_rows, write_row
 from tether.pipeline.opening_language import describe_policy
@@ -107,7 +108,10 @@ def score(config: ScoreConfig, show: bool = True) -> list[float]:
         part = rows[start : start + ROWS_AT_ONCE]
         names = [f"{config.data}, row {start + number}" for number in range(1, len(part) + 1)]
         prompts = [_prompt(row, config.prompt_column, name) for row, name in zip(part, names, strict=True)]
-        parts.append((part, prompts, [row[response] for row in part], names))
+        answers = [
+            response_to(prompt, row[response], name) for prompt, row, name in zip(prompts, part, names, strict=True)
+        ]
+        parts.append((part, prompts, answers, names))
     for _, *texts in parts:
         model.tokens(*texts)  # a text that does not fit is found before the first is scored
     scores: list[float] = []
@@ -154,6 +158,7 @@ def _rows(config: ScoreConfig) -> tuple[list[Row], str]:
         _check(row[response], f"{place}: column `{response}`")
         if isinstance(row[config.prompt_column], str) and not isinstance(row[response], str):
             raise UserError(f"{place}: `{config.prompt_column}` is text and `{response}` messages; expected one form")
+        response_to(row[config.prompt_column], row[response], f"{place}: column `{response}`")
     return rows, response
 
 

@@ -22,7 +22,7 @@ from tether.errors import RewardError, UserError
 from tether.pretrained import context_length
 from tether.rewards.classifiers import load_classifier
 from tether.rewards.normalisation import COMBINE, NORMALISATION_FILE, Combine, Normalisation
-from tether.rewards.passes import encode, score_all
+from tether.rewards.passes import encode, score_all, shortened
 from tether.rewards.verifiers import Text
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ class RewardModel:
         k: of `mean-std`.
         normalise: scores of mean 0 and standard deviation 1 on the samples it was normalised on. A model without
             `score_normalisation.json` gives its raw scores, and the log says so.
-        truncate: texts longer than the model's context lose their beginning. Off: they are an error.
+        truncate: texts longer than the model's context lose their beginning, behind the special tokens there. Off: they
+            are an error.
         dtype: precision of the weights.
         device: a torch device.
         most_tokens: tokens (padding included) that go through a member at once.
@@ -118,7 +119,7 @@ class RewardModel:
                         f"{name}: with its prompt {len(ids)} tokens, but the context of the reward model {self.path} "
                         f"is {room}: shorten them, or set its option `truncate`"
                     )
-                token_ids[index] = ids[-room:]
+                token_ids[index] = shortened(tokenizer, ids, room)
             read.append(token_ids)
         return read
 
@@ -188,7 +189,8 @@ class ModelReward:
     normalise: bool = True
     """Mean 0 and standard deviation 1 on the samples that the model was normalised on."""
     truncate: bool = False
-    """Texts longer than the model's context lose their beginning; otherwise they are an error."""
+    """Texts longer than the model's context lose their beginning, behind the special tokens there; otherwise they are
+    an error."""
     device: str = "auto"
     """Torch device, e.g. cpu or cuda:1. auto: cuda where there is one, else cpu."""
     dtype: str = "float32"

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tether.chat import ChatTemplate, Conversation
-from tether.errors import RewardError, UserError
+from tether.errors import RewardError, UserError, reason
+from tether.pretrained import context_length
 from tether.rewards.verifiers import Text, text_of
 from tether.tokens import encode_plain, tokenize_whole
 
@@ -70,6 +73,23 @@ def encode(
     return ids
 
 
+def shortened(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], most: int) -> list[int]:
+    """The end of a text that is longer than `most` tokens, behind the special tokens that it begins with.
+
+    An encoder such as BERT reads its score at the first of them.
+    """
+    if len(token_ids) <= most:
+        return list(token_ids)
+    added = tokenizer("a", return_special_tokens_mask=True, verbose=False)
+    pairs = zip(added["input_ids"], added["special_tokens_mask"], strict=True)
+    before = takewhile(lambda pair: pair[1], pairs)
+    opening = {tokenizer.bos_token_id, tokenizer.cls_token_id, *(index for index, _ in before)}
+    kept = 0
+    while kept < most and token_ids[kept] in opening:
+        kept += 1
+    return [*token_ids[:kept], *token_ids[len(token_ids) - (most - kept) :]]
+
+
 def _rendered(chat: ChatTemplate, prompt: Text, completion: Text, where: str) -> str:
     if chat.missing:
         raise RewardError(
@@ -85,8 +105,16 @@ def _rendered(chat: ChatTemplate, prompt: Text, completion: Text, where: str) ->
 
 
 def score_tokens(model: PreTrainedModel, token_ids: Sequence[Sequence[int]], autocast: bool = False) -> Tensor:
-    """Raw scores (B,) of one pass, float32; padded on the right, with gradients where they are on."""
-    pad = model.config.get_text_config().pad_token_id
+    """Raw scores (B,) of one pass, float32, each as the model gives it alone; with gradients where they are on.
+
+    Padded on the right. Where the model's configuration names no pad, the filling is an id that ends none of the texts,
+    since transformers reads the score of a causal model at the last token that is not the pad.
+    """
+    if model.config.is_encoder_decoder and len(token_ids) > 1:  # which refuse texts that differ in their count of eos
+        return torch.cat([score_tokens(model, [ids], autocast) for ids in token_ids])
+    named = model.config.get_text_config().pad_token_id
+    last = {ids[-1] for ids in token_ids}
+    pad = next(index for index in range(len(last) + 1) if index not in last) if named is None else named
     longest = max(map(len, token_ids))
     inputs = torch.full((len(token_ids), longest), pad, dtype=torch.long)  # (B, L)
     attended = torch.zeros((len(token_ids), longest), dtype=torch.long)
@@ -95,9 +123,56 @@ def score_tokens(model: PreTrainedModel, token_ids: Sequence[Sequence[int]], aut
         attended[row, : len(ids)] = 1
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     device = model.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+    with _padded_with(model, pad), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         output = model(input_ids=inputs.to(device), attention_mask=attended.to(device), **options)
-    return output.logits[:, 0].float()
+    if output.logits.numel() != len(token_ids):
+        found = tuple(output.logits.shape)
+        raise UserError(f"{type(model).__name__}: scores of shape {found}, expected one for each text")
+    return output.logits.reshape(-1).float()
+
+
+@contextmanager
+def _padded_with(model: PreTrainedModel, pad: int) -> Iterator[None]:
+    configs = (model.config, model.config.get_text_config())
+    before = [config.pad_token_id for config in configs]
+    for config in configs:
+        config.pad_token_id = pad
+    try:
+        yield
+    finally:
+        for config, named in zip(configs, before, strict=True):
+            config.pad_token_id = named
+
+
+@torch.inference_mode()
+def check_company(model: PreTrainedModel, path: str) -> None:
+    """Ask the model whether a text's score depends on longer ones beside it, which pad it on the right.
+
+    Those of XLNet and FNet do, among others: they read the last column, or mix padding into the text.
+
+    Raises:
+        UserError: it does, or the model reads no texts.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    first = 0 if vocabulary < 32 else 16  # beyond the special tokens, where there is room
+    room = context_length(model) or 9
+    sizes = [min(size, room) for size in (3, 4, 5, 6, 7, 9)]  # so many that not all scores are near 0
+    texts = [[first + (7 * i + 3 * size) % (vocabulary - first) for i in range(size)] for size in sizes]
+    if model.config.is_encoder_decoder and isinstance(model.config.eos_token_id, int):  # the score is read there
+        texts = [[*ids[:-1], model.config.eos_token_id] for ids in texts]
+    try:
+        alone = torch.cat([score_tokens(model, [ids]) for ids in texts])
+        together = score_tokens(model, texts)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:  # of whatever model this is
+        raise UserError(f"{path}: {type(model).__name__} cannot score a text ({reason(error)})") from error
+    off = float((alone - together).abs().max()) / (float(alone.abs().max()) + 1e-12)
+    if not off <= (1e-3 if model.dtype == torch.float32 else 0.1):  # rounding may move them, by no more than this
+        raise UserError(
+            f"{path}: the scores of {type(model).__name__} depend on the texts beside them (by {off:.1e} of their "
+            "size): it does not keep padding apart; expected a reward model that does"
+        )
 
 
 def passes(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
