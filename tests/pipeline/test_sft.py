@@ -85,6 +85,23 @@ def test_only_the_completion_and_its_eos_are_learned() -> None:
     assert learned == " it is b<|end|>"
 
 
+def test_a_completion_that_is_a_whole_conversation_has_its_question_read_once() -> None:
+    before, answer = [{"role": "user", "content": "What is a?"}], {"role": "assistant", "content": "b"}
+    tokenizer = chat_tokenizer()
+    once = targets(tokenizer, {"prompt": before, "completion": [answer]})
+    assert targets(tokenizer, {"prompt": before, "completion": [*before, answer]}) == once
+    other = [{"role": "user", "content": "What is c?"}, answer]
+    with pytest.raises(UserError, match="row 1, column `completion` begins with a message of the user"):
+        targets(tokenizer, {"prompt": before, "completion": other})
+
+
+def test_a_completion_that_begins_with_its_prompt_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    targets(chat_tokenizer(), {"prompt": "a", "completion": "a b"})  # a word may well be said again
+    assert not caplog.messages
+    targets(chat_tokenizer(), {"prompt": "What is a?", "completion": "What is a? b"})
+    assert "row 1: `completion` begins with the prompt (1 of 1 rows do)" in caplog.text
+
+
 def test_an_eos_that_the_completion_ends_with_is_not_doubled() -> None:
     assert targets(chat_tokenizer(), {"prompt": "a", "completion": "b<|end|>"})[1] == "b<|end|>"
 

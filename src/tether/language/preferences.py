@@ -238,7 +238,7 @@ def _apart(
     if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is None:
             return _text_apart(chosen, rejected, where)
-        question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        question = prompt if isinstance(prompt, str) else said(prompt[-1])
         found, chosen, rejected = _texts_after(question, chosen, rejected, config, where)
         if isinstance(prompt, str):
             return found, chosen, rejected
@@ -268,16 +268,16 @@ def _after(prompt: Messages, response: Messages, place: str) -> tuple[int, int]:
 
     They may begin with a system message that the prompt lacks, or lack the first of the prompt's.
     """
-    said = [(message["role"], message["content"].strip()) for message in response]
-    asked = [(message["role"], message["content"].strip()) for message in prompt]
-    start = next((i for i, (role, _) in enumerate(said) if role != "system"), 0)
+    found = [(message["role"], said(message).strip()) for message in response]
+    asked = [(message["role"], said(message).strip()) for message in prompt]
+    start = next((i for i, (role, _) in enumerate(found) if role != "system"), 0)
     for begin, lead in ((0, 0), (0, start), *((k, 0) for k in range(1, len(asked)))):
-        if said[lead : lead + len(asked) - begin] == asked[begin:]:
+        if found[lead : lead + len(asked) - begin] == asked[begin:]:
             return lead, lead + len(asked) - begin
-    if said[0][0] == "system" or (said[0][0] == "user" and asked[-1][0] == "user"):
+    if found[0][0] == "system" or (found[0][0] == "user" and asked[-1][0] == "user"):
         raise UserError(
-            f"{place} begins with a message of the {said[0][0]} that is not the prompt's; expected the response alone, "
-            "or the whole conversation with the same prompt"
+            f"{place} begins with a message of the {found[0][0]} that is not the prompt's; expected the response "
+            "alone, or the whole conversation with the same prompt"
         )
     return 0, 0
 
@@ -288,8 +288,11 @@ def response_to(prompt: Text, response: Text, place: str) -> Text:
     Raises:
         UserError: they begin with another prompt; `place` is where they stand.
     """
-    if isinstance(prompt, str) or isinstance(response, str):
-        return response
+    return response if isinstance(prompt, str) or isinstance(response, str) else answer_to(prompt, response, place)
+
+
+def answer_to(prompt: Messages, response: Messages, place: str) -> Messages:
+    """`response_to` where both are messages."""
     start, end = _after(prompt, response, place)
     if start:
         raise UserError(f"{place} begins with a system message that the prompt has not; expected the same prompt")
@@ -306,7 +309,7 @@ def _texts_after(
     if len(prompt.split()) < 2 and not whole:  # a word may well be said again
         return prompt, chosen, rejected
     names = config.chosen_column, config.rejected_column
-    ends = [_end_of(prompt, side) for side in (chosen, rejected)]
+    ends = [end_of_prompt(prompt, side) for side in (chosen, rejected)]
     if all(ends):
         return prompt, chosen[ends[0] :], rejected[ends[1] :]
     within = [prompt.strip() in side[: max(0, side.rfind(ASSISTANT))] for side in (chosen, rejected)]
@@ -328,7 +331,7 @@ def _texts_after(
     return prompt, chosen, rejected
 
 
-def _end_of(prompt: str, text: str) -> int:
+def end_of_prompt(prompt: str, text: str) -> int:
     """Where a prompt that a text begins with ends in it; 0 where it does not, or goes on within a word."""
     exact = text.startswith(prompt)
     said = prompt if exact else prompt.strip()
