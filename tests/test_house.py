@@ -18,7 +18,7 @@ CORE = sorted((SOURCE / "ppo").glob("*.py"))
 NAMES = {path: str(path.relative_to(SOURCE)) for path in FILES}
 
 WORLDS = {"language", "control"}
-LEAVES = {"errors", "yaml_file", "episode", "user_code", "devices", "pretrained", "memory", "uncertainty"}
+LEAVES = {"errors", "yaml_file", "episode", "user_code", "devices", "pretrained", "positions", "memory", "uncertainty"}
 """What every room may import, since it imports none."""
 
 BELOW: dict[str, set[str]] = {
@@ -38,6 +38,7 @@ BELOW: dict[str, set[str]] = {
     "errors": set(),
     "episode": set(),
     "memory": set(),
+    "positions": set(),
     "pretrained": {"errors"},
     "uncertainty": set(),
     "user_code": {"errors"},

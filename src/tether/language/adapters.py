@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tether.errors import UserError, reason
+from tether.pretrained import restore_outputs
 
 POLICY = "default"  # the name of the adapter that is trained
 REFERENCE = "reference"  # and of a frozen one beside it
@@ -221,9 +222,21 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """A plain Hugging Face folder; of a model with adapters, a folder of the trained adapters alone."""
+def save_model(model: PreTrainedModel, folder: Path, end_ids: Sequence[int]) -> None:
+    """A plain Hugging Face folder; of a model with adapters, a folder of the trained adapters alone.
+
+    Args:
+        model: its config.json says of outputs what it said when it was brought.
+        folder: is made.
+        end_ids: of the tokens that end a response; generation_config.json says so to whoever generates with the folder.
+    """
     model.save_pretrained(folder)
+    restore_outputs(model, folder)
+    file = folder / "generation_config.json"
+    # in the file, as transformers refuses to save a changed one for settings that it let pass unchanged
+    generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    generation["eos_token_id"] = list(end_ids) if len(end_ids) > 1 else end_ids[0]
+    file.write_text(json.dumps(generation, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if not has_adapters(model):
         return
     # peft keeps names of layers in sets, whose order differs from one process to the next

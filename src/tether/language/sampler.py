@@ -22,6 +22,7 @@ from tether.language.likeliest import alternatives
 from tether.language.models import end_token_ids
 from tether.language.policy import LanguagePolicy
 from tether.language.products import packed_weights
+from tether.positions import settle_positions
 
 AT_ONCE = 8  # prompts wait until one in so many places is free
 
@@ -133,7 +134,8 @@ class Sampler:
         self.tokenizer = tokenizer
         self.config = config
         self.generator = torch.Generator().manual_seed(seed)
-        self.end_ids = torch.tensor(end_token_ids(policy.model, tokenizer))
+        stops = {tokenizer.convert_tokens_to_ids(text) for text in config.stop if text in tokenizer.added_tokens_encoder}
+        self.end_ids = torch.tensor(sorted({*end_token_ids(policy.model, tokenizer), *stops}))
 
     @torch.no_grad()
     def sample(self, prompt_ids: Sequence[Sequence[int]], alternatives: bool = False) -> Samples:
@@ -145,6 +147,7 @@ class Sampler:
         """
         if not prompt_ids or not all(len(ids) for ids in prompt_ids):
             raise ValueError("every prompt needs at least one token")
+        settle_positions(self.policy.models(), max(map(len, prompt_ids)) + self.config.max_new_tokens)
         drawn = _Drawn(len(prompt_ids), self.config.max_new_tokens, self._truncates, self.generator)
         drawn.alternatives = self.config.alternatives if alternatives else 0
         with self.policy.precision(), packed_weights(self.policy.models(), self._rows(prompt_ids)):

@@ -31,6 +31,7 @@ from tether.language.prompts import Messages, Prompt
 from tether.language.reference import Reference
 from tether.language.sampler import Sampler, Samples
 from tether.memory import PeakMemory
+from tether.positions import settle_positions
 from tether.ppo import KLController, LastSeen, Trajectories
 from tether.ppo.advantages import scale_and_clip
 from tether.ppo.kl import estimate_kl, penalised_rewards
@@ -136,6 +137,8 @@ class LanguageWorld:
             raise ValueError("no prompts to collect from")
         if sampler.config.temperature == 0:
             raise ValueError("temperature is 0: PPO learns from sampled tokens, set a temperature above 0")
+        longest = max(len(prompt.token_ids) for prompt in prompts) + sampler.config.max_new_tokens
+        settle_positions([*policy.models(), reference.reader.model], longest)
         config = config or CollectConfig()
         if config.overlong_buffer > sampler.config.max_new_tokens:
             raise ValueError(
@@ -400,7 +403,7 @@ class LanguageWorld:
 
     def save_policy(self, folder: Path) -> None:
         """`policy/`, a Hugging Face folder (of adapters alone where it has any), its tokenizer, and the critic."""
-        save_model(self.policy.model, folder / "policy")
+        save_model(self.policy.model, folder / "policy", self.sampler.end_ids.tolist())
         self.tokenizer.save_pretrained(folder / "policy")
         critic = {name: p.detach().cpu().contiguous() for name, p in self.policy.critic_parameters().items()}
         save_file(critic, folder / "critic.safetensors")

@@ -24,6 +24,7 @@ from tether.language.sampler import Sampler, SamplingConfig
 from tether.pipeline.opening import count
 from tether.pipeline.opening_language import describe_policy, describe_tokenizer
 from tether.pipeline.progress import Tally
+from tether.positions import settle_positions
 from tether.pretrained import check_vocabulary, context_length
 
 logger = logging.getLogger(__name__)
@@ -153,6 +154,8 @@ def tell_size(prompts: int, samples: int, sampling: SamplingConfig) -> Tally:
 
 def sample_responses(sampler: Sampler, prompts: Sequence[Prompt], samples: int) -> Iterator[list[Response]]:
     """Responses in the order of the prompts, `samples` to each, as many at once as the sampler's batch takes."""
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    settle_positions(sampler.policy.models(), longest + sampler.config.max_new_tokens)
     size = max(1, sampler.config.batch_size // samples)
     for start in range(0, len(prompts), size):
         chosen = [prompt for prompt in prompts[start : start + size] for _ in range(samples)]

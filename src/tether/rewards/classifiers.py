@@ -21,6 +21,7 @@ from tether.pretrained import (
     check_tokenizer,
     check_vocabulary,
     check_weight_files,
+    quiet_outputs,
 )
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def load_classifier(
     head = _missing_head(path, model, loading["missing_keys"], not classifier)
     if new_head_seed is not None:
         _draw(model, head, new_head_seed)
+    quiet_outputs(model)
     check_finite(model, path, dtype)
     check_vocabulary(model, tokenizer, path)
     _agree_on_padding(model, tokenizer, classifier)

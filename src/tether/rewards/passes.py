@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tether.errors import RewardError, reason
+from tether.positions import frequency_edge
 from tether.rewards.verifiers import Text, text_of
 
 if TYPE_CHECKING:
@@ -79,7 +80,17 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text
 
 
 def score_tokens(model: PreTrainedModel, token_ids: Sequence[Sequence[int]], autocast: bool = False) -> Tensor:
-    """Raw scores (B,) of one pass, float32; padded on the right, with gradients where they are on."""
+    """Raw scores (B,) of one pass, float32; padded on the right, with gradients where they are on.
+
+    Where the model reads short texts with other frequencies than long ones, each kind has a pass of its own.
+    """
+    edge = frequency_edge(model)
+    long = [edge is not None and len(ids) > edge for ids in token_ids]
+    if any(long) and not all(long):
+        order = sorted(range(len(long)), key=long.__getitem__)
+        parts = [[token_ids[i] for i in order if long[i] is kind] for kind in (False, True)]
+        scores = torch.cat([score_tokens(model, part, autocast) for part in parts])
+        return scores[torch.tensor(order, device=scores.device).argsort()]
     pad = model.config.get_text_config().pad_token_id
     longest = max(map(len, token_ids))
     inputs = torch.full((len(token_ids), longest), pad, dtype=torch.long)  # (B, L)
