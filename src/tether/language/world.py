@@ -26,10 +26,11 @@ from tether.language.context import TokenContext
 from tether.language.divergence import compare
 from tether.language.diversity import distinct_share, repeated_ngrams
 from tether.language.draws import Draw, join_draws, telling_groups
+from tether.language.first_ratio import FirstRatio, first_ratio
 from tether.language.policy import LanguagePolicy
 from tether.language.prompts import Messages, Prompt
 from tether.language.reference import Reference
-from tether.language.sampler import Sampler, Samples
+from tether.language.sampler import NotANumberError, Sampler, Samples
 from tether.memory import PeakMemory
 from tether.positions import settle_positions
 from tether.ppo import KLController, LastSeen, Trajectories
@@ -157,6 +158,7 @@ class LanguageWorld:
         self._queue: list[int] = []  # prompts still to be visited in this pass
         self._batch: _Batch | None = None
         self._follow_due = False  # the policy may have learned since the reference was told last
+        self._has_learned = False  # the policy may have, since the first batch was collected
         self._first_length: float | None = None  # mean response length of the first batch
         self._pieces: dict[int, str] = {}  # the text of each token that was needed so far
 
@@ -193,13 +195,35 @@ class LanguageWorld:
         )
         clock.lap("reference")
         self._batch = _Batch(kept.prompts, kept.samples, kept.scores, clock, drawn, len(draws), gold)
-        self._follow_due = True
+        self._follow_due = self._has_learned = True
         return trajectories
+
+    def _fault(self, message: str) -> Exception:
+        """What is wrong with the model as it was brought, or as it has become."""
+        if not self._has_learned:
+            return UserError(message)
+        return FloatingPointError(f"{message}; the run has diverged: lower learner.learning_rate")
+
+    def _check_first_ratio(self, prompts: list[Prompt], samples: Samples, found: FirstRatio) -> None:
+        """UserError where the learner reads the first batch otherwise than the sampler drew it."""
+        if found.fits:
+            return
+        token = self._texts([samples.response_ids[found.row][found.step]])
+        raise UserError(
+            f"{prompts[found.row].place}: token {found.step + 1} of the response ({next(iter(token.values()))!r}) was "
+            f"drawn with log-probability {found.sampled:.6g}, and the learner finds {found.learned:.6g} before its "
+            f"first step: they differ by {found.gap:.2g}, expected at most {found.limit:g} in {self.policy.numbers}; "
+            "PPO would learn from that difference: "
+            + ("use another model" if self.policy.exact else "take dtype float32 and autocast false")
+        )
 
     def _draw(self, prompts: int, before: list[Draw], clock: _Clock) -> Draw:
         """Scored responses to the next `prompts` prompts; `before` was drawn for the same batch."""
         chosen = [self.prompts[i] for i in self._next_prompts(prompts) for _ in range(self.config.samples_per_prompt)]
-        samples = self.sampler.sample([p.token_ids for p in chosen], True)  # with alternatives
+        try:
+            samples = self.sampler.sample([p.token_ids for p in chosen], True)  # with alternatives
+        except NotANumberError as error:
+            raise self._fault(f"{chosen[error.index].place}: {error}") from error
         clock.lap("sampling")
         scores = self._score(self.rewards, chosen, samples, before)
         clock.lap("scoring")
@@ -246,10 +270,13 @@ class LanguageWorld:
         compared = torch.arange(count := min(config.kl_responses, len(mask)), device=device) * len(mask) // count
         with self.policy.precision():
             reference, kl = compare(self.policy.reader, self.reference, context, actions, mask, compared)
-        if bool(reference[mask].isnan().any() | kl[compared][mask[compared]].isnan().any()):
-            raise FloatingPointError(
-                "the reference or the policy gives nan for what was drawn: look at their weights, or take dtype float32"
-            )
+        if bool((broken := (reference.isnan() & mask).any(dim=1)).any()):
+            where = prompts[int(broken.nonzero()[0])].place
+            raise self._fault(f"{where}: the log-probabilities of the reference are NaN: take reference.dtype float32")
+        if bool(kl[compared][mask[compared]].isnan().any()):
+            raise self._fault(f"the KL to the reference is NaN in {self.policy.numbers}: take dtype float32")
+        if not self._has_learned:
+            self._check_first_ratio(prompts, samples, first_ratio(self.policy, context, actions, log_probs, mask))
         shaped = scale_and_clip(scores, config.score_scale, config.score_clip)
         shaped = shaped - config.missing_eos_penalty * ~samples.terminated
         if config.overlong_buffer:
@@ -438,6 +465,7 @@ class LanguageWorld:
         self.sampler.generator.set_state(state["sampler"])
         self._queue = state["queue"].tolist()
         self._follow_due = state["follow_due"]
+        self._has_learned = True
         self.reference.load_state_dict(state["reference"])
         self._first_length = state["first_length"]
 

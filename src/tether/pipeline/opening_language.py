@@ -64,7 +64,9 @@ def describe_model(model: PreTrainedModel, name: str = "") -> str:
 def has_experts(model: PreTrainedModel) -> bool:
     """Whether a router sends each token to some of several experts."""
     config = model.config.get_text_config()
-    return any((getattr(config, name, None) or 0) > 1 for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+    return any(
+        (getattr(config, name, None) or 0) > 1 for name in ("num_local_experts", "num_experts", "n_routed_experts")
+    )
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

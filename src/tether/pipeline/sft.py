@@ -174,7 +174,11 @@ def _opening(
     size = count(config.batch_size, "sample")
     if config.batch_tokens is not None:
         size = f"samples of up to {config.batch_tokens:,} tokens together"
-    experts = [("experts", "the loss is cross-entropy alone, without a term that balances them")] if has_experts(model) else []
+    experts = (
+        [("experts", "the loss is cross-entropy alone, without a term that balances them")]
+        if has_experts(model)
+        else []
+    )
     return aligned(
         [
             ("device", describe_device(model.parameters(), config.autocast)),
