@@ -222,21 +222,23 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def save_model(model: PreTrainedModel, folder: Path, end_ids: Sequence[int]) -> None:
+def save_model(model: PreTrainedModel, folder: Path, end_ids: Sequence[int] = ()) -> None:
     """A plain Hugging Face folder; of a model with adapters, a folder of the trained adapters alone.
 
     Args:
         model: its config.json says of outputs what it said when it was brought.
         folder: is made.
         end_ids: of the tokens that end a response; generation_config.json says so to whoever generates with the folder.
+            Empty: it says what the model says.
     """
     model.save_pretrained(folder)
     restore_outputs(model, folder)
-    file = folder / "generation_config.json"
-    # in the file, as transformers refuses to save a changed one for settings that it let pass unchanged
-    generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    generation["eos_token_id"] = list(end_ids) if len(end_ids) > 1 else end_ids[0]
-    file.write_text(json.dumps(generation, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if end_ids:
+        # in the file, as transformers refuses to save a changed one for settings that it let pass unchanged
+        file = folder / "generation_config.json"
+        generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        generation["eos_token_id"] = list(end_ids) if len(end_ids) > 1 else end_ids[0]
+        file.write_text(json.dumps(generation, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if not has_adapters(model):
         return
     # peft keeps names of layers in sets, whose order differs from one process to the next

@@ -229,6 +229,10 @@ class LanguageWorld:
         clock.lap("scoring")
         return Draw(chosen, samples, scores)
 
+    def begin_pass(self) -> None:
+        """Leave what is left of this pass over the prompts, and shuffle them anew."""
+        self._queue = []
+
     def _next_prompts(self, count: int) -> list[int]:
         indices: list[int] = []
         while len(indices) < count:
@@ -272,7 +276,9 @@ class LanguageWorld:
             reference, kl = compare(self.policy.reader, self.reference, context, actions, mask, compared)
         if bool((broken := (reference.isnan() & mask).any(dim=1)).any()):
             where = prompts[int(broken.nonzero()[0])].place
-            raise self._fault(f"{where}: the log-probabilities of the reference are NaN: take reference.dtype float32")
+            raise UserError(
+                f"{where}: the log-probabilities of the reference are NaN: look at its weights, or take dtype float32"
+            )
         if bool(kl[compared][mask[compared]].isnan().any()):
             raise self._fault(f"the KL to the reference is NaN in {self.policy.numbers}: take dtype float32")
         if not self._has_learned:

@@ -34,6 +34,7 @@ from tether.language.reference import AdapterReference, ModelReference, Referenc
 from tether.language.sampler import Sampler, SamplingConfig
 from tether.language.world import CollectConfig, LanguageWorld
 from tether.memory import keep_freed_memory
+from tether.pipeline.brought import check_data, describe_data, describe_sources, warn_of_changes
 from tether.pipeline.frontier import FrontierConfig, draw_frontier
 from tether.pipeline.opening_language import describe_ppo
 from tether.pipeline.progress import Progress
@@ -93,6 +94,8 @@ class PPOConfig:
     """How many of the newest checkpoints stay."""
     overwrite: bool = False
     """Replace a run that `output` already holds."""
+    new_pass: bool = False
+    """With `--resume`: the prompts are others than before, so begin a new pass over them. Off: others are refused."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model from the hub. Off: such models are refused."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -253,6 +256,11 @@ def build_ppo(
             )
         if state["frozen_critic"] != constants["frozen_critic"]:
             raise UserError(f"{config.output}: the run was begun with another value_model; give it as it was then")
+        if config.new_pass:
+            world.begin_pass()
+        else:
+            check_data(state.get("data"), constants["data"], config.prompts.path or config.task or "prompts")
+        warn_of_changes(state.get("sources", {}), constants["sources"])
     return world, learner
 
 
@@ -314,13 +322,18 @@ def _critic(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequ
 
 def _settled(config: PPOConfig, world: LanguageWorld) -> PPOConfig:
     """With what was decided for this machine, so that the run goes on in the same way on another."""
-    return replace(config, device=str(world.policy.device), autocast=world.policy.autocast)
+    return replace(config, device=str(world.policy.device), autocast=world.policy.autocast, new_pass=False)
 
 
 def _constants(world: LanguageWorld) -> dict[str, Any]:
-    """What a run is resumed with as it was begun."""
+    """What a run was begun with, by which a resumed one is compared."""
     frozen = world.policy.critic_parameters(trained=False)
-    return {"reference": world.reference.fingerprint, "frozen_critic": fingerprint(frozen.values())}
+    return {
+        "reference": world.reference.fingerprint,
+        "frozen_critic": fingerprint(frozen.values()),
+        "data": describe_data(world.prompts),
+        "sources": describe_sources(world.tokenizer, {"reward": world.rewards, "gold": world.gold}),
+    }
 
 
 def _gold(config: PPOConfig, parts: Parts) -> Rewards | None:
@@ -353,6 +366,8 @@ def train_ppo(
     Raises:
         UserError: something the user brought cannot work.
     """
+    if config.new_pass and not resume:
+        raise UserError("new_pass is set, but a run that begins has no other pass; it is for --resume")
     with Progress(config.iterations, _shown(config), report is None if progress is None else progress) as shown:
 
         def build(checkpoint: Path | None) -> tuple[LanguageWorld, Learner]:

@@ -21,7 +21,7 @@ from tether.pretrained import context_length
 from tether.rewards.classifiers import load_classifier
 from tether.rewards.normalisation import COMBINE, NORMALISATION_FILE, Combine, Normalisation
 from tether.rewards.passes import encode, score_all
-from tether.rewards.verifiers import Text
+from tether.rewards.verifiers import Text, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
