@@ -231,7 +231,7 @@ def test_a_model_that_gives_nan_is_named(which: str) -> None:
     with torch.no_grad():
         weight[0] = math.nan
     arguments = (world._batch.prompts, world._batch.samples, torch.zeros(len(drawn)))
-    error = {
+    told = {
         "reference": (UserError, r"row \d+: .*reference are NaN"),
         "policy": (FloatingPointError, "NaN in float32"),
     }

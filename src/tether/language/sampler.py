@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tether.episode import short_repr
-from tether.language.decoding import Decoder, PlainDecoder, SlotDecoder
+from tether.language.decoding import Decoder, PlainDecoder, SlotDecoder, check_decoding
 from tether.language.head import keep_likeliest
 from tether.language.likeliest import alternatives
 from tether.language.models import end_token_ids
@@ -137,6 +137,9 @@ class Sampler:
         tokenizer: for eos, texts and stop strings.
         config: see `SamplingConfig`.
         seed: of the generator; the same seed draws the same tokens.
+
+    Raises:
+        UserError: the model cannot be sampled from.
     """
 
     def __init__(
@@ -146,6 +149,7 @@ class Sampler:
         self.tokenizer = tokenizer
         self.config = config
         self.generator = torch.Generator().manual_seed(seed)
+        check_decoding(policy.model)
         added = tokenizer.added_tokens_encoder
         stops = {added[text] for text in config.stop if text in added}
         self.end_ids = torch.tensor(sorted({*end_token_ids(policy.model, tokenizer), *stops}))
