@@ -471,7 +471,7 @@ def test_example_async_judge() -> None:
 
 
 def test_each_call_sees_the_data_set_whatever_others_do_to_their_lists() -> None:
-    """Prompts, columns and token ids are a call's own, at every depth; rows that share an entry do not share it here."""
+    """Prompts, columns and token ids are a call's own at every depth, and a row's own where rows share an entry."""
     kept: list[Any] = []
 
     def greedy(prompts: Any, completions: Any, completion_ids: Any, tests: Any, **_: Any) -> list[float]:
