@@ -45,6 +45,16 @@ class FirstRatio:
         gap = abs(self.learned - self.sampled)
         return gap if gap == gap else float("inf")
 
+    def misfit(self, place: str, token: str, policy: LanguagePolicy) -> str:
+        """What is wrong, for the user: `place` is the prompt's, `token` the text of the token."""
+        remedy = "use another model" if policy.exact else "take dtype float32 and autocast false"
+        return (
+            f"{place}: token {self.step + 1} of the response ({token!r}) was drawn with log-probability "
+            f"{self.sampled:.6g}, and the learner finds {self.learned:.6g} before its first step: they differ by "
+            f"{self.gap:.2g}, expected at most {self.limit:g} in {policy.numbers}; PPO would learn from that "
+            f"difference: {remedy}"
+        )
+
     @property
     def fits(self) -> bool:
         """Whether rounding explains the difference."""

@@ -130,6 +130,7 @@ def load_causal_lm(
         raise UserError(
             f"{path}: the weights do not fit config.json: {', '.join(found)}; save the model again with save_pretrained"
         )
+    model.unread_tensors = sorted(loading["unexpected_keys"])  # a plain attribute, for `tether.pipeline.checks`
     quiet_outputs(model)
     check_finite(model, path, dtype)
     if has_adapters(model):  # they lay beside the whole model

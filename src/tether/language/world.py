@@ -208,14 +208,8 @@ class LanguageWorld:
         """UserError where the learner reads the first batch otherwise than the sampler drew it."""
         if found.fits:
             return
-        token = self._texts([samples.response_ids[found.row][found.step]])
-        raise UserError(
-            f"{prompts[found.row].place}: token {found.step + 1} of the response ({next(iter(token.values()))!r}) was "
-            f"drawn with log-probability {found.sampled:.6g}, and the learner finds {found.learned:.6g} before its "
-            f"first step: they differ by {found.gap:.2g}, expected at most {found.limit:g} in {self.policy.numbers}; "
-            "PPO would learn from that difference: "
-            + ("use another model" if self.policy.exact else "take dtype float32 and autocast false")
-        )
+        drawn = samples.response_ids[found.row][found.step]
+        raise UserError(found.misfit(prompts[found.row].place, self._texts([drawn])[drawn], self.policy))
 
     def _draw(self, prompts: int, before: list[Draw], clock: _Clock) -> Draw:
         """Scored responses to the next `prompts` prompts; `before` was drawn for the same batch."""
@@ -244,10 +238,8 @@ class LanguageWorld:
         return indices
 
     def _score(self, rewards: Rewards, prompts: list[Prompt], samples: Samples, before: list[Draw]) -> Scores:
-        columns: dict[str, list[Any]] = {name: [p.columns.get(name) for p in prompts] for name in prompts[0].columns}
-        completions = [as_completion(p, text) for p, text in zip(prompts, samples.texts, strict=True)]
         try:
-            return rewards([p.source for p in prompts], completions, samples.response_ids, columns)
+            return score_samples(rewards, prompts, samples)
         except RewardError as error:
             error.responses = [  # type: ignore[attr-defined]
                 {"prompt": p.text, "response": t, "score": s}
@@ -498,6 +490,13 @@ def _mean(name: str, values: Tensor, groups: Tensor) -> dict[str, float]:
         return mean
     means = torch.zeros(len(sizes), dtype=values.dtype, device=values.device).index_add_(0, place, values) / sizes
     return mean | {f"{name}_error": float(means.std()) / math.sqrt(len(sizes))}
+
+
+def score_samples(rewards: Rewards, prompts: Sequence[Prompt], samples: Samples) -> Scores:
+    """The scores of responses, one to each of these prompts."""
+    columns: dict[str, list[Any]] = {name: [p.columns.get(name) for p in prompts] for name in prompts[0].columns}
+    completions = [as_completion(p, text) for p, text in zip(prompts, samples.texts, strict=True)]
+    return rewards([p.source for p in prompts], completions, samples.response_ids, columns)
 
 
 def turns_of(messages: Messages) -> Messages:

@@ -35,6 +35,7 @@ from tether.language.sampler import Sampler, SamplingConfig
 from tether.language.world import CollectConfig, LanguageWorld
 from tether.memory import keep_freed_memory
 from tether.pipeline.brought import check_data, describe_data, describe_sources, warn_of_changes
+from tether.pipeline.checks import cheap_findings, heed
 from tether.pipeline.frontier import FrontierConfig, draw_frontier
 from tether.pipeline.opening_language import describe_ppo
 from tether.pipeline.progress import Progress
@@ -214,26 +215,64 @@ def build_ppo(
     parts = parts or Parts()
     if config.compile:
         check_compiler(config.device)
+    task, rewards, gold = load_rewards(config, parts)
+    seed_random_states(config.seed)
+    tokenizer = load_own_tokenizer(config, parts)
+    base = load_base(config, parts)
+    check_vocabulary(base, tokenizer, config.model or "model")
+    prompts = read_prompts(config, parts, task, tokenizer, base)
+    check_rewards(config, prompts, rewards, gold)
+    if checkpoint is None:
+        heed(cheap_findings(config, tokenizer, base, prompts))
+    return assemble(config, parts, base, tokenizer, prompts, (rewards, gold), checkpoint)
+
+
+def load_rewards(config: PPOConfig, parts: Parts) -> tuple[Task | None, Rewards, Rewards | None]:
+    """The task, where one is named, what scores responses, and what scores them for comparison only."""
     task = Task(config.task, config.problems) if config.task else None
     rewards = Rewards(config.reward, parts.reward, task)
-    gold = _gold(config, parts)
-    seed_random_states(config.seed)
+    given = parts.gold is not None or bool(config.gold.functions)
+    return task, rewards, Rewards(config.gold, parts.gold, section="gold") if given else None
+
+
+def load_own_tokenizer(config: PPOConfig, parts: Parts) -> PreTrainedTokenizerBase:
+    """The policy's."""
     tokenizer = load_tokenizer(config.model, config.trust_remote_code) if parts.tokenizer is None else parts.tokenizer
-    prepare_tokenizer(tokenizer)
-    base = _base(config, parts)
-    check_vocabulary(base, tokenizer, config.model or "model")
+    return prepare_tokenizer(tokenizer)
+
+
+def read_prompts(
+    config: PPOConfig, parts: Parts, task: Task | None, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel
+) -> list[Prompt]:
+    """Where episodes start: the task's problems, rows in memory, or a data set."""
     room = (context_length(base), config.sampling.max_new_tokens)
     if task is not None:
-        prompts = prompts_from_rows(task.rows, config.prompts, tokenizer, *room)
-    elif parts.prompts is None:
-        prompts = load_prompts(config.prompts, tokenizer, *room)
-    else:
-        rows = [{"prompt": p} if isinstance(p, str) else p for p in parts.prompts]
-        prompts = prompts_from_rows(rows, config.prompts, tokenizer, *room)
+        return prompts_from_rows(task.rows, config.prompts, tokenizer, *room)
+    if parts.prompts is None:
+        return load_prompts(config.prompts, tokenizer, *room)
+    rows = [{"prompt": p} if isinstance(p, str) else p for p in parts.prompts]
+    return prompts_from_rows(rows, config.prompts, tokenizer, *room)
+
+
+def check_rewards(config: PPOConfig, prompts: Sequence[Prompt], rewards: Rewards, gold: Rewards | None) -> None:
+    """UserError where a reward misses a column, or cannot read an answer."""
     columns = {name: [p.columns[name] for p in prompts] for name in prompts[0].columns}
     places = [f"{config.prompts.path or config.task or 'prompts'}, row {p.row}" for p in prompts]
     for scorer in (rewards, *([] if gold is None else [gold])):
         scorer.check(columns, [p.source for p in prompts], places)
+
+
+def assemble(
+    config: PPOConfig,
+    parts: Parts,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    scorers: tuple[Rewards, Rewards | None],
+    checkpoint: Path | None = None,
+) -> tuple[LanguageWorld, Learner]:
+    """World and learner of pieces that are loaded and checked; `scorers` are the reward's and the held-out ones."""
+    rewards, gold = scorers
     model, reference = (_adapted if config.lora.rank else _whole)(config, parts, base, checkpoint)
     policy = LanguagePolicy(
         model,
@@ -264,7 +303,7 @@ def build_ppo(
     return world, learner
 
 
-def _base(config: PPOConfig, parts: Parts) -> PreTrainedModel:
+def load_base(config: PPOConfig, parts: Parts) -> PreTrainedModel:
     """The model as it was before training, with the adapters that are to be trained where there is a rank."""
     if parts.model is not None:
         model = prepare_model(parts.model, config.device)
@@ -334,13 +373,6 @@ def _constants(world: LanguageWorld) -> dict[str, Any]:
         "data": describe_data(world.prompts),
         "sources": describe_sources(world.tokenizer, {"reward": world.rewards, "gold": world.gold}),
     }
-
-
-def _gold(config: PPOConfig, parts: Parts) -> Rewards | None:
-    """What scores responses for comparison only; None where nothing was asked for."""
-    if parts.gold is None and not config.gold.functions:
-        return None
-    return Rewards(config.gold, parts.gold, section="gold")
 
 
 def _load(config: PPOConfig, path: str) -> PreTrainedModel:
