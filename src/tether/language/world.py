@@ -7,6 +7,7 @@ N = episodes, T = response tokens of the longest.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -38,6 +39,8 @@ from tether.ppo.advantages import scale_and_clip
 from tether.ppo.kl import estimate_kl, penalised_rewards
 from tether.ppo.trajectories import last_step
 from tether.rewards import Rewards, Scores
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,8 @@ class LanguageWorld:
 
     def _check_first_ratio(self, prompts: list[Prompt], samples: Samples, found: FirstRatio) -> None:
         """UserError where the learner reads the first batch otherwise than the sampler drew it."""
+        if found.rounding:
+            logger.info("the first ratio: %s", found.rounded(self.policy))
         if found.fits:
             return
         drawn = samples.response_ids[found.row][found.step]

@@ -178,11 +178,9 @@ class _Looking:
             token = sampler.tokenizer.decode([ids[found.row][found.step]])
             raise UserError(found.misfit(prompts[found.row].place, token, policy))
         tokens, ended = int(samples.mask.sum()), int(samples.terminated.sum())
-        self._note(
-            "first ratio",
-            f"sampler and learner agree on {tokens:,} tokens of {len(ids)} responses within {found.gap:.1e} "
-            f"(at most {found.limit:g} in {policy.numbers}); {ended} of them ended by themselves",
-        )
+        agree = f"sampler and learner agree within {found.gap:.1e} (at most {found.limit:g} in {policy.numbers})"
+        size = f"{tokens:,} tokens of {len(ids)} responses, {ended} of which ended by themselves"
+        self._note("first ratio", f"{found.rounded(policy) if found.rounding else agree}; {size}")
 
     def _passes(self, about: str, step: Callable[[], None]) -> bool:
         """Whether a step finds no problem; one is noted."""
