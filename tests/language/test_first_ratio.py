@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -60,6 +61,36 @@ def test_weights_in_bfloat16_may_round_more(by: float, fits: bool) -> None:
     else:
         with pytest.raises(UserError, match=r"at most 0\.1 in bfloat16; .* dtype float32"):
             world.collect()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_is_gone_in_float32_is_rounding(autocast: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """The weights are to the bit what they were; what stays in float32 is a fault, however coarse the numbers."""
+    world = make_world()
+    world.policy.autocast = autocast
+    if not autocast:
+        world.policy.model.to(torch.bfloat16)
+    before = {name: weight.clone() for name, weight in world.policy.model.state_dict().items()}
+    evaluate = world.policy.evaluate
+    read_otherwise(world, 0.5)
+    shifted = world.policy.evaluate
+    world.policy.evaluate = lambda *asked: (evaluate if world.policy.exact else shifted)(*asked)  # type: ignore[method-assign]
+    with caplog.at_level(logging.INFO):
+        world.collect()
+    assert "differ by up to 0.5" in caplog.text
+    after = world.policy.model.state_dict()
+    assert all(
+        torch.equal(weight, after[name]) and weight.dtype == after[name].dtype for name, weight in before.items()
+    )
+    assert world.policy.autocast == autocast
+    with pytest.raises(UserError, match=r"at most 0\.1"):
+        read_otherwise(make_coarse(), 0.5).collect()
+
+
+def make_coarse() -> LanguageWorld:
+    world = make_world()
+    world.policy.autocast = True
+    return world
 
 
 def test_later_batches_are_not_asked() -> None:
