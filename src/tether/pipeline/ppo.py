@@ -6,6 +6,7 @@ Here the pieces meet: configuration, loading, and what a run needs to go on. The
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -49,6 +50,8 @@ from tether.rewards.tasks import ProblemsConfig, Task
 from tether.runs.alarms import AlarmsConfig
 from tether.runs.random_states import seed_random_states
 from tether.train import Iteration
+
+logger = logging.getLogger(__name__)
 
 AUTOCAST_FROM = 5_000_000  # parameters
 
@@ -297,6 +300,7 @@ def assemble(
             raise UserError(f"{config.output}: the run was begun with another value_model; give it as it was then")
         if config.new_pass:
             world.begin_pass()
+            logger.info("a new pass begins, over %s prompts", f"{len(prompts):,}")
         else:
             check_data(state.get("data"), constants["data"], config.prompts.path or config.task or "prompts")
         warn_of_changes(state.get("sources", {}), constants["sources"])
