@@ -219,7 +219,7 @@ SETTINGS = [
     Case("a flag of another command", f"{GENERATE} --kl.beta 0", ("--kl.beta", "no such option")),
     Case("a flag whose value is of another type", f"{PPO} --iterations many", ("--iterations", "'many'", "an integer")),
     Case("a flag without its value", f"{PPO} --iterations", ("--iterations", "no value")),
-    Case("a value on a flag that takes none", f"{PPO} --overwrite yes", ("--overwrite", "'yes'", "--no-overwrite")),
+    Case("a boolean that is no such word", f"{PPO} --overwrite maybe", ("--overwrite", "'maybe'", "--no-overwrite")),
     Case("a word that belongs to no flag", f"{PPO} --seed 1 2", ("'2'", "found after 1")),
     Case("a choice that there is not", f"{PPO} --advantage.estimator reinforce", ("'reinforce'", "'rloo'")),
     Case("a number out of its range", f"{PPO} --sampling.top-p 2", ("sampling: top_p", "2.0", "at most 1")),

@@ -40,6 +40,7 @@ from tether.studio import StudioConfig
 
 CONFIGS = {
     "ppo": PPOConfig,
+    "check": PPOConfig,
     "sft": SFTConfig,
     "reward": RewardModelConfig,
     "score": ScoreConfig,

@@ -29,6 +29,8 @@ class LearnerConfig:
     """Course of the learning rate."""
     whiten: bool = True
     """Whiten the advantages."""
+    fused: bool | None = None
+    """Update all at once; null: where the device can."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decays."""
 
@@ -144,7 +146,9 @@ YAML_ERRORS = {
     "learner:\n  learning_rate: fast": ": learner.learning_rate: found text 'fast', expected a number",
     "learner:\n  clip_range: [1]": ": learner.clip_range: found a list, expected a number or null",
     "learner:\n  schedule: cosine": ": learner.schedule: found text 'cosine', expected one of 'constant', 'linear'",
-    "learner:\n  whiten: 1": ": learner.whiten: found 1, expected true or false",
+    "learner:\n  whiten: 2": ": learner.whiten: found 2, expected true or false",
+    "learner:\n  whiten: maybe": ": learner.whiten: found text 'maybe', expected true or false",
+    "learner:\n  fused: maybe": ": learner.fused: found text 'maybe', expected true or false or null",
     "learner:\n  betas: [0.9]": ": learner.betas: found 1 values, expected 2",
     "learner:\n  betas: [0.9, b]": ": learner.betas[1]: found text 'b', expected a number",
     "learner:\n  epochs: 0": ": learner: epochs is 0, expected at least 1",
@@ -190,8 +194,9 @@ FLAG_ERRORS = {
     "--learner.clip_range wide": "--learner.clip-range: found 'wide', expected a number or null",
     "--learner.schedule lin": "--learner.schedule: found 'lin', expected one of 'constant', 'linear'",
     "--learner.betas 0.9": "--learner.betas: found '0.9', expected a list of 2: a number, a number",
-    "--learner.whiten True": "--learner.whiten: found 'True', expected --learner.whiten for true or "
-    "--learner.no-whiten for false",
+    "--learner.whiten maybe": "--learner.whiten: found 'maybe', expected true or false "
+    "(--learner.whiten alone is true, --learner.no-whiten false)",
+    "--learner.fused maybe": "--learner.fused: found 'maybe', expected true or false or null",
     "--learner.epochs 0": "learner: epochs is 0, expected at least 1",
     "words": "'words': found after the command, expected an option that starts with --",
     "--config": "--config: found no value, expected a YAML file",
@@ -205,6 +210,32 @@ def test_flag_errors_are_one_line(line: str, capsys: pytest.CaptureFixture[str])
         load(*line.split())
     assert str(error.value) == FLAG_ERRORS[line]
     assert capsys.readouterr() == ("", "")  # nothing of tyro's own
+
+
+BOOLEANS = {True: ("true", "True", "TRUE", "yes", "On", "y", "1"), False: ("false", "False", "no", "OFF", "n", "0")}
+WRITTEN = [(word, value) for value, words in BOOLEANS.items() for word in words]
+
+
+@pytest.mark.parametrize("name", ["whiten", "fused"])
+@pytest.mark.parametrize(("word", "value"), WRITTEN)
+def test_booleans_are_taken_as_people_write_them(word: str, value: bool, name: str, tmp_path: Path) -> None:
+    """As flags of two forms, followed by another flag or not, and in a file, bare or in quotes."""
+    assert getattr(load(f"--learner.{name}", word, "--learner.epochs", "3").learner, name) is value
+    assert getattr(load("--learner.epochs", "3", f"--learner.{name}={word}").learner, name) is value
+    file = tmp_path / "run.yaml"
+    for text in (word, f"'{word}'"):
+        file.write_text(f"learner:\n  {name}: {text}\n")
+        assert getattr(load("--config", str(file)).learner, name) is value
+
+
+def test_an_optional_boolean_can_be_given_back_to_null() -> None:
+    assert load("--learner.fused", "null").learner.fused is None
+    assert load("--learner.fused=None").learner.fused is None
+
+
+def test_a_boolean_flag_alone_is_true_and_with_no_before_its_name_false() -> None:
+    assert load("--learner.whiten", "--model", "m").learner.whiten is True
+    assert load("--learner.no-whiten", "--model", "m").learner.whiten is False
 
 
 def test_required_fields() -> None:

@@ -20,7 +20,7 @@ NAMES = {path: str(path.relative_to(SOURCE)) for path in FILES}
 WORLDS = {"language", "control"}
 LEAVES = {
     *("errors", "yaml_file", "episode", "user_code", "devices", "pretrained", "memory", "uncertainty"),
-    *("adapter_folders", "chat", "tokens"),
+    *("adapter_folders", "chat", "positions", "tokens"),
 }
 """What every room may import, since it imports none."""
 
@@ -43,6 +43,7 @@ BELOW: dict[str, set[str]] = {
     "errors": set(),
     "episode": set(),
     "memory": set(),
+    "positions": set(),
     "pretrained": {"errors"},
     "tokens": set(),
     "uncertainty": set(),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tether.language.reference import ReferenceConfig
     from tether.language.sampler import Sampler, SamplingConfig
     from tether.language.world import CollectConfig, LanguageWorld
+    from tether.pipeline.check import Checked, check
     from tether.pipeline.control import (
         ControlConfig,
         ControlEvalConfig,
@@ -62,6 +63,7 @@ _HOMES = {
     "tether.language.reference": ("ReferenceConfig",),
     "tether.language.sampler": ("Sampler", "SamplingConfig"),
     "tether.language.world": ("CollectConfig", "LanguageWorld"),
+    "tether.pipeline.check": ("Checked", "check"),
     "tether.pipeline.control": (
         "ControlConfig",
         "ControlEvalConfig",
@@ -88,6 +90,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "AdvantageConfig",
     "AlarmsConfig",
+    "Checked",
     "CollectConfig",
     "ControlCollectConfig",
     "ControlConfig",
@@ -129,6 +132,7 @@ __all__ = [
     "World",
     "build_control",
     "build_ppo",
+    "check",
     "check_reward",
     "evaluate",
     "evaluate_control",

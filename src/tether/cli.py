@@ -125,6 +125,19 @@ def _ppo(arguments: list[str]) -> int:
     return 0
 
 
+def _check(arguments: list[str]) -> int:
+    from tether.config import load_config
+    from tether.pipeline.check import check
+    from tether.pipeline.ppo import PPOConfig
+
+    description = (
+        "What `tether ppo` with the same flags would stumble over: tokenizer, template, weights, memory, the first "
+        "ratio, and what the reward gets and says. Trains nothing and writes nothing. Exits with 2 where there is a "
+        "problem."
+    )
+    return 2 if check(load_config(PPOConfig, arguments, "tether check", description)).problems else 0
+
+
 def _control(arguments: list[str]) -> int:
     from tether.config import load_config
     from tether.pipeline.control import ControlConfig, ControlEvalConfig, evaluate_control, train_control
@@ -267,6 +280,7 @@ def _prove(arguments: list[str]) -> int:
 COMMANDS = {
     "demo": _Command("a small model learns arithmetic by PPO, token by token", _demo),
     "ppo": _Command("PPO on a language model, prompts and a reward", _ppo),
+    "check": _Command("what `tether ppo` with the same flags would stumble over", _check),
     "control": _Command("PPO on a gymnasium environment, and trying what it learned", _control),
     "sft": _Command("fine-tune a language model on text or chat", _sft),
     "reward": _Command("train a reward model on preferences", _reward),

@@ -28,12 +28,13 @@ import tyro.constructors
 import yaml
 
 from tether.errors import UserError
-from tether.yaml_file import describe, dump_yaml, one_line, read_yaml
+from tether.yaml_file import BOOLEANS, describe, dump_yaml, one_line, read_yaml
 
 ConfigT = TypeVar("ConfigT")
 
 # PyYAML follows YAML 1.1, where a float needs a dot: `1e-5` is text there. Everyone means the number.
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+_NOTHING = ("null", "none", "~")
 _NAMES: dict[Any, str] = {
     bool: "true or false",
     int: "an integer",
@@ -166,6 +167,8 @@ def _convert(hint: Any, value: Any, where: str, path: str) -> Any:
                 return float(value)
     if hint is Path and isinstance(value, str):
         return Path(value)
+    if hint is bool and isinstance(value, (str, int)) and str(value).lower() in BOOLEANS:
+        return BOOLEANS[str(value).lower()]
     if type(value) is not hint:
         raise wrong()
     return value
@@ -216,6 +219,7 @@ def _config_file(args: Sequence[str]) -> str | None:
 
 def _parse_flags(cls: Any, values: dict[str, Any], args: Sequence[str], prog: str, description: str) -> dict[str, Any]:
     """`values` with those that the flags name replaced."""
+    args = _spelled_out(cls, args)
     default = _unchecked_instance(_unchecked(cls, top=True), cls, values)
     complaint = io.StringIO()
     try:
@@ -230,6 +234,42 @@ def _parse_flags(cls: Any, values: dict[str, Any], args: Sequence[str], prog: st
     if unknown:
         raise UserError(_unknown_flag(cls, args, unknown[0]))
     return _raw(cls, parsed)
+
+
+def _spelled_out(cls: Any, args: Sequence[str]) -> list[str]:
+    """`args` with every boolean as tyro takes it: `--flag yes` as `--flag`, `--flag=off` as `--no-flag`."""
+    hints, words, left = _flags(cls), [], list(args)
+    while left:
+        word = left.pop(0)
+        flag, equals, value = word.partition("=")
+        flag = flag.replace("_", "-")
+        hint = hints.get(flag)
+        if hint is not bool and not _is_optional_bool(hint):
+            words.append(word)
+            continue
+        if not equals and left:
+            value = left[0]
+        value = value.lower()
+        known = value in BOOLEANS or (hint is not bool and value in _NOTHING)
+        if known and not equals:
+            left.pop(0)
+        if not known:
+            words.append(word)
+        elif hint is bool:
+            words.append(flag if BOOLEANS[value] else _off(flag))
+        else:
+            words += [flag, str(BOOLEANS.get(value))]
+    return words
+
+
+def _is_optional_bool(hint: Any) -> bool:
+    return get_origin(hint) in (Union, types.UnionType) and set(get_args(hint)) == {bool, type(None)}
+
+
+def _off(flag: str) -> str:
+    """`--section.no-name` for `--section.name`."""
+    section, _, name = flag.rpartition(".")
+    return f"{section}.no-{name}" if section else f"--no-{name.removeprefix('--')}"
 
 
 def _mapping(words: list[str]) -> dict[Any, Any]:
@@ -335,9 +375,8 @@ def _unknown_flag(cls: Any, args: Sequence[str], token: str) -> str:
         before = [args[place - 1] if place else "" for place, word in enumerate(args) if word == token]
         previous = next((word for word in before if hints.get(word.replace("_", "-"), bool) is bool), before[0])
         if hints.get(previous.replace("_", "-")) is bool:
-            section, _, name = previous.rpartition(".")
-            off = f"{section}.no-{name}" if section else f"--no-{name.removeprefix('--')}"
-            return f"{previous}: found {token!r}, expected {previous} for true or {off} for false"
+            ways = f"{previous} alone is true, {_off(previous)} false"
+            return f"{previous}: found {token!r}, expected true or false ({ways})"
         return f"{token!r}: found after {previous or 'the command'}, expected an option that starts with --"
     name = token.partition("=")[0].replace("_", "-")
     same_end = [flag for flag in hints if flag.rpartition(".")[2] == name.removeprefix("--").rpartition(".")[2]]

@@ -125,6 +125,24 @@ def _begin_anew(device: torch.device) -> bool:
     return True
 
 
+def free_memory(device: torch.device | str = "cpu") -> int | None:
+    """Bytes that could be had now; None where the system does not tell. A container's own limit counts."""
+    device = _one(device)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        words = Path("/proc/meminfo").read_text(encoding="utf-8").split()
+        free = int(words[words.index("MemAvailable:") + 1]) * 1024
+    except (OSError, ValueError):
+        return None
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text(encoding="utf-8"))
+        return min(free, limit - int((group / "memory.current").read_text(encoding="utf-8")))
+    except (OSError, ValueError):  # no limit ("max"), or no such file
+        return free
+
+
 def keep_freed_memory(keep: bool = True) -> bool:
     """Let this process keep the memory it frees for what it allocates next; returns whether the system can do that.
 

@@ -19,6 +19,14 @@ from tether.errors import UserError, reason
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+QUIET = {
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_router_logits": False,
+    "return_dict": True,
+}
+"""What a model's configuration may ask of each forward pass, as it has to be where logits alone are read."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -144,3 +152,32 @@ def _positions_of_padding(model: PreTrainedModel) -> int:
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(module.padding_idx) + 1
     return 0
+
+
+def quiet_outputs(model: PreTrainedModel) -> None:
+    """Have the model return logits alone, by name; what its configuration asked for is kept for `restore_outputs`.
+
+    A router's logits, for one, come with a balancing loss that no pass here reads, and that fails on packed rows.
+    """
+    asked: dict[str, dict[str, Any]] = model.__dict__.setdefault("asked_outputs", {})
+    parts = {"": model.config} | {
+        name: part for name in getattr(model.config, "sub_configs", {}) if (part := getattr(model.config, name, None))
+    }
+    for place, config in parts.items():
+        for name, value in QUIET.items():
+            found = getattr(config, name, value)
+            if found is not None and found != value:
+                asked.setdefault(place, {})[name] = found
+                setattr(config, name, value)
+
+
+def restore_outputs(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write what `quiet_outputs` switched off into the config.json that the model was saved with."""
+    asked: dict[str, dict[str, Any]] = model.__dict__.get("asked_outputs", {})
+    file = Path(folder) / "config.json"
+    if not asked or not file.is_file():  # of adapters there is none
+        return
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for place, values in asked.items():
+        (config.setdefault(place, {}) if place else config).update(values)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

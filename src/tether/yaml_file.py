@@ -13,6 +13,9 @@ import yaml
 
 from tether.errors import UserError
 
+# What people write for a boolean, in lower case: in YAML 1.1, JSON, Python, shells.
+BOOLEANS = dict.fromkeys(("true", "yes", "on", "y", "1"), True) | dict.fromkeys(("false", "no", "off", "n", "0"), False)
+
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
     """The mapping at the top of a YAML file; an empty file is an empty mapping.

@@ -12,6 +12,7 @@ from tests.models import KINDS, make_model, make_prompts, make_tokenizer, make_w
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tether.errors import UserError
 from tether.language import divergence
 from tether.language.adapters import POLICY, LoRAConfig, adapter_weights, give_adapters, using
 from tether.language.divergence import compare, reference_log_probs
@@ -230,5 +231,9 @@ def test_a_model_that_gives_nan_is_named(which: str) -> None:
     with torch.no_grad():
         weight[0] = math.nan
     arguments = (world._batch.prompts, world._batch.samples, torch.zeros(len(drawn)))
-    with pytest.raises(FloatingPointError, match="gives nan for what was drawn"):
+    told = {
+        "reference": (UserError, r"row \d+: .*reference are NaN"),
+        "policy": (FloatingPointError, "NaN in float32"),
+    }
+    with pytest.raises(told[which][0], match=told[which][1]):
         world._trajectories(*arguments)

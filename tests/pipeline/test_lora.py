@@ -424,7 +424,7 @@ def test_quantization_asks_transformers_for_it(kind: Any, base: str, monkeypatch
 
     def from_pretrained(path: str, **options: Any) -> Any:
         asked.update(options)
-        return make_model(), {"missing_keys": set(), "mismatched_keys": set()}
+        return make_model(), {"missing_keys": set(), "mismatched_keys": set(), "unexpected_keys": set()}
 
     monkeypatch.setattr("tether.language.models.choose_device", lambda device: device)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())

@@ -468,3 +468,38 @@ def test_example_gsm8k() -> None:
 
 def test_example_async_judge() -> None:
     assert check_reward(f"{EXAMPLES}/judge_async.py:politeness", ["q"] * 2, ["Thank you", "No"]) == [1, 0]
+
+
+def test_each_call_sees_the_data_set_whatever_others_do_to_their_lists() -> None:
+    """Prompts, columns and token ids are a call's own at every depth, and a row's own where rows share an entry."""
+    kept: list[Any] = []
+
+    def greedy(prompts: Any, completions: Any, completion_ids: Any, tests: Any, **_: Any) -> list[float]:
+        scores = []
+        for prompt, completion, ids, cases in zip(prompts, completions, completion_ids, tests, strict=True):
+            scores.append(float(len(cases["of"][0]) + len(prompt) + len(ids)))
+            prompt.append(completion[0])
+            prompt[0]["content"] = "gone"
+            cases["of"][0].pop()
+            cases.clear()
+            ids.clear()
+        kept.append(tests)
+        return scores
+
+    shared_prompt = [{"role": "user", "content": "?"}]
+    shared_tests = {"of": ([1, 2, 3], np.zeros(2))}
+    chat = [{"role": "assistant", "content": "a"}]
+    rewards = Rewards(RewardsConfig(), [greedy, greedy])
+    for _ in range(2):
+        found = rewards([shared_prompt] * 3, [chat] * 3, [[4, 5]] * 3, {"tests": [shared_tests] * 3})
+        assert found.total == [12.0] * 3  # twice 3 tests, 1 message, 2 tokens
+    assert shared_prompt == [{"role": "user", "content": "?"}]
+    assert shared_tests["of"][0] == [1, 2, 3]
+    assert all(row is not shared_tests for rows in kept for row in rows)
+
+
+def test_what_cannot_be_copied_is_handed_on_as_it_is() -> None:
+    lock = threading.Lock()
+    assert score(
+        lambda completions, lock: [float(entry is locks[0]) for entry in lock], lock=(locks := [lock] * 2)
+    ) == [1, 1]

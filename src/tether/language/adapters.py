@@ -37,7 +37,7 @@ from tether.adapter_folders import (
     read_weights,
 )
 from tether.errors import UserError
-from tether.pretrained import without_bars
+from tether.pretrained import restore_outputs, without_bars
 
 __all__ = [
     "POLICY",
@@ -249,12 +249,30 @@ def describe_adapters(model: PreTrainedModel) -> str:
     return f"{text}; none on {', '.join(names)}, {size:.0%} of the weights of the layers"
 
 
-def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """A plain Hugging Face folder; of a model with adapters, a folder of the trained adapters alone."""
+def save_model(model: PreTrainedModel, folder: Path, end_ids: Sequence[int] = ()) -> None:
+    """A plain Hugging Face folder; of a model with adapters, a folder of the trained adapters alone.
+
+    Args:
+        model: its config.json says of outputs what it said when it was brought.
+        folder: is made.
+        end_ids: of the tokens that end a response; generation_config.json says so to whoever generates with the folder.
+            Empty: it says what the model says.
+    """
     if not has_adapters(model):
         with without_bars():
             model.save_pretrained(folder)
-        return
+        restore_outputs(model, folder)
+    else:
+        _save_adapters(model, folder)
+    if end_ids:
+        # in the file, as transformers refuses to save a changed one for settings that it let pass unchanged
+        file = folder / "generation_config.json"
+        generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        generation["eos_token_id"] = list(end_ids) if len(end_ids) > 1 else end_ids[0]
+        file.write_text(json.dumps(generation, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _save_adapters(model: PreTrainedModel, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     # Not by the model: transformers finds no name for a layer that peft saves twice, whole and as the vocabulary's

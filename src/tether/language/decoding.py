@@ -21,10 +21,35 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from tether.errors import UserError, reason
 from tether.language.policy import LanguagePolicy
 from tether.language.reading import decode_step
 
 SLACK = 64  # columns of a buffer beyond the longest sequence; it is tidied once in so many steps
+
+
+@torch.no_grad()
+def check_decoding(model: PreTrainedModel) -> None:
+    """Ask a model for two tokens and one more, as the decoders do.
+
+    Raises:
+        UserError: it keeps what it has read in a form of its own, as Mamba, RWKV and MiniMax do in transformers 5.
+    """
+    try:
+        cache: Any = DynamicCache(config=model.config)
+        for columns in (2, 3):
+            tokens = torch.zeros(2, 2 if columns == 2 else 1, dtype=torch.long, device=model.device)
+            inputs = _inputs(tokens, torch.zeros(2, dtype=torch.long), columns)
+            _, _, cache = decode_step(model, inputs | {"past_key_values": cache})
+            if not isinstance(cache, DynamicCache):
+                raise TypeError(f"its cache is {type(cache).__name__}")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model raises whatever it likes for a cache that it does not know
+        raise UserError(
+            f"{type(model).__name__} cannot be sampled from: it keeps what it has read in a form of its own, not in "
+            f"the cache of transformers ({reason(error)}); use a model of another architecture"
+        ) from error
 
 
 class Decoder(ABC):

@@ -47,12 +47,12 @@ def compare(
     kl = torch.full(mask.shape, torch.nan, device=mask.device)
     head, own_head = policy.head, reference.reader.head
     if head is None or own_head is None:
-        for part in _parts(context.lengths, rows, FEW_TOKENS):
+        for part in in_parts(context.lengths, rows, FEW_TOKENS):
             nats = _kl_by_models(policy, reference, context.select(part), actions[part], mask[part])
             kl[part] = spread(nats, mask[part])
         with reference.as_model():
             return reference_log_probs(reference.reader, context, actions, mask), kl
-    parts = list(_parts(context.lengths, rows, TOKENS_AT_ONCE))
+    parts = list(in_parts(context.lengths, rows, TOKENS_AT_ONCE))
     states = [policy.states(context.select(part), mask[part]) for part in parts]
     others = torch.ones(len(mask), dtype=torch.bool, device=mask.device).index_fill_(0, rows, False)
     with reference.as_model():
@@ -74,7 +74,7 @@ def reference_log_probs(
     result = torch.zeros(mask.shape, device=mask.device)
     context = replace(context, support=None)
     everyone = torch.arange(len(mask), device=mask.device)
-    for part in _parts(context.lengths, everyone, tokens_at_once):
+    for part in in_parts(context.lengths, everyone, tokens_at_once):
         reading = reader.read(context.select(part), actions[part], mask[part])
         result[part] = spread(reading.log_probs, mask[part])
     return result
@@ -114,7 +114,7 @@ def _of_both(policy: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     return policy[:, :size], reference[:, :size]
 
 
-def _parts(lengths: Tensor, rows: Tensor, tokens_at_once: int) -> Iterator[Tensor]:
+def in_parts(lengths: Tensor, rows: Tensor, tokens_at_once: int) -> Iterator[Tensor]:
     """`rows` (r,), indices into `lengths` (N,), longest first, in parts of so many tokens at most."""
     rows = rows[torch.argsort(lengths[rows], descending=True, stable=True)]
     start = 0

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -34,12 +35,14 @@ from tether.pretrained import (
     check_folder,
     check_tokenizer,
     check_weight_files,
+    quiet_outputs,
     without_bars,
 )
 
 log = logging.getLogger(__name__)
 
 TOKENIZER_FILE = "tokenizer_config.json"
+GENERATION_FILE = "generation_config.json"
 Quantization = Literal["none", "4bit", "8bit"]
 
 
@@ -96,7 +99,10 @@ def load_causal_lm(
             model = load_causal_lm(base, dtype, device, trust_remote_code, quantization)
         except UserError as error:
             raise UserError(f"{path}: adapters, whose base model cannot be loaded: {error}") from error
-        return merge_adapters(read_adapters(model, path))
+        merge_adapters(read_adapters(model, path))
+        if (Path(path) / GENERATION_FILE).is_file():  # it says at which tokens the adapters were trained to end
+            model.generation_config = GenerationConfig.from_pretrained(path)
+        return model
     check_folder(path)
     _check_config(path, trust_remote_code)
     check_weight_files(path)
@@ -127,6 +133,8 @@ def load_causal_lm(
         raise UserError(
             f"{path}: the weights do not fit config.json: {', '.join(found)}; save the model again with save_pretrained"
         )
+    model.unread_tensors = sorted(loading["unexpected_keys"])  # a plain attribute, for `tether.pipeline.checks`
+    quiet_outputs(model)
     check_finite(model, path, dtype)
     if has_adapters(model):  # they lay beside the whole model
         merge_adapters(model)
@@ -175,6 +183,7 @@ def prepare_model(model: PreTrainedModel, device: str = "cpu") -> PreTrainedMode
     computes bit for bit what it computed before.
     """
     model.to(choose_device(device))
+    quiet_outputs(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     model.eval()

@@ -111,6 +111,18 @@ class LanguagePolicy(nn.Module):
         super().train(False)
         return self
 
+    @property
+    def exact(self) -> bool:
+        """Whether weights and products are float32."""
+        return not self.autocast and all(p.dtype == torch.float32 for p in self.model.parameters())
+
+    @property
+    def numbers(self) -> str:
+        """What the model computes in, as messages call it."""
+        coarse = {str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if p.dtype != torch.float32}
+        products = " with matrix products in bfloat16" if self.autocast else ""
+        return f"{' and '.join(sorted(coarse)) or 'float32'}{products}"
+
     def precision(self) -> AbstractContextManager[None]:
         """The context in which matrices are multiplied as the policy multiplies them."""
         return bfloat16_products(self.device, self.autocast)

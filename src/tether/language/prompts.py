@@ -61,6 +61,7 @@ class Prompt:
             the tools that its template read beside them).
         columns: every column of the row, the prompt's own included.
         row: 1-based row in the data set.
+        file: the data set, as messages call it.
     """
 
     text: str
@@ -68,6 +69,12 @@ class Prompt:
     source: str | Messages
     columns: dict[str, Any]
     row: int
+    file: str = "prompts"
+
+    @property
+    def place(self) -> str:
+        """Where it is from, for messages."""
+        return f"{self.file}, row {self.row}"
 
     def __repr__(self) -> str:
         return f"Prompt({short_repr(self.text)}, {len(self.token_ids)} tokens, row {self.row})"
@@ -132,7 +139,7 @@ def prompts_from_rows(
         texts = _render_chats(ChatTemplate(tokenizer, config, "prompts"), sources, path)
         token_ids = encode_plain(tokenizer, texts)
     prompts = [
-        Prompt(text, tuple(ids), source, row, number)
+        Prompt(text, tuple(ids), source, row, number, path)
         for number, (text, ids, source, row) in enumerate(zip(texts, token_ids, sources, rows, strict=True), start=1)
     ]
     for prompt in prompts:

@@ -16,13 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tether.episode import short_repr
-from tether.language.decoding import Decoder, PlainDecoder, SlotDecoder
+from tether.language.decoding import Decoder, PlainDecoder, SlotDecoder, check_decoding
 from tether.language.head import keep_likeliest
 from tether.language.likeliest import alternatives
 from tether.language.models import end_token_ids
 from tether.language.policy import LanguagePolicy
 from tether.language.products import packed_weights
 from tether.language.texts import Texts
+from tether.positions import settle_positions
 
 AT_ONCE = 8  # prompts wait until one in so many places is free
 
@@ -117,6 +118,18 @@ class Samples:
 _STEPWISE = ("log_probs", "values", "mask", "support", "likeliest", "likeliest_probabilities")
 
 
+class NotANumberError(FloatingPointError):
+    """The model gives no probabilities, but NaN.
+
+    Attributes:
+        index: of the prompt among those that were sampled from.
+    """
+
+    def __init__(self, index: int, message: str) -> None:
+        super().__init__(message)
+        self.index = index
+
+
 class Sampler:
     """Draws responses from a policy with a random generator of its own.
 
@@ -125,6 +138,9 @@ class Sampler:
         tokenizer: for eos, texts and stop strings.
         config: see `SamplingConfig`.
         seed: of the generator; the same seed draws the same tokens.
+
+    Raises:
+        UserError: the model cannot be sampled from.
     """
 
     def __init__(
@@ -134,7 +150,10 @@ class Sampler:
         self.tokenizer = tokenizer
         self.config = config
         self.generator = torch.Generator().manual_seed(seed)
-        ends = end_token_ids(policy.model, tokenizer)
+        check_decoding(policy.model)
+        added = tokenizer.added_tokens_encoder
+        stops = {added[text] for text in config.stop if text in added}
+        ends = sorted({*end_token_ids(policy.model, tokenizer), *stops})
         self.end_ids = torch.tensor(ends)
         self.texts = Texts(tokenizer, ends, config.stop)
 
@@ -145,9 +164,13 @@ class Sampler:
         Args:
             prompt_ids: token ids of each prompt.
             alternatives: keep the likeliest tokens of each step, as many as the configuration says.
+
+        Raises:
+            NotANumberError: of a prompt, the logits or the value of its response are NaN.
         """
         if not prompt_ids or not all(len(ids) for ids in prompt_ids):
             raise ValueError("every prompt needs at least one token")
+        settle_positions(self.policy.models(), max(map(len, prompt_ids)) + self.config.max_new_tokens)
         drawn = _Drawn(len(prompt_ids), self.config.max_new_tokens, self._truncates, self.generator)
         drawn.alternatives = self.config.alternatives if alternatives else 0
         with self.policy.precision(), packed_weights(self.policy.models(), self._rows(prompt_ids)):
@@ -189,6 +212,7 @@ class Sampler:
         tokens, log_probs, support = draw(logits, uniforms, self.config)
         drawn.tokens[rows, steps] = tokens.cpu()
         drawn.log_probs[rows, steps], drawn.values[rows, steps] = log_probs.cpu(), values.cpu()
+        self._check(drawn, rows, steps)
         if drawn.support is not None and support is not None:
             drawn.support[rows, steps] = support.cpu()
         if drawn.alternatives:
@@ -197,6 +221,19 @@ class Sampler:
         drawn.lengths[rows] += 1
         drawn.terminated[rows] = self._ended(drawn, rows)
         drawn.over[rows] = drawn.terminated[rows] | (drawn.lengths[rows] == self.config.max_new_tokens)
+
+    def _check(self, drawn: _Drawn, rows: Tensor, steps: Tensor) -> None:
+        """NaN or +inf among the logits, or all of them −inf, make the log-probability of whatever is drawn NaN."""
+        for name, numbers in (("logits", drawn.log_probs), ("values of the critic", drawn.values)):
+            if (broken := numbers[rows, steps].isnan()).any():
+                place = int(broken.nonzero()[0])
+                where = f"at token {int(steps[place]) + 1} of the response"
+                remedy = "look at its weights" if self.policy.exact else "take dtype float32, or look at its weights"
+                raise NotANumberError(
+                    int(rows[place]),
+                    f"the {name} are NaN or infinite in {self.policy.numbers}, {where}: "
+                    f"numbers overflow in the model; {remedy}",
+                )
 
     @property
     def _truncates(self) -> bool:

@@ -7,6 +7,7 @@ N = episodes, T = response tokens of the longest.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -27,16 +28,20 @@ from tether.language.context import TokenContext
 from tether.language.divergence import compare
 from tether.language.diversity import distinct_share, repeated_ngrams
 from tether.language.draws import Draw, join_draws, telling_groups
+from tether.language.first_ratio import FirstRatio, first_ratio
 from tether.language.policy import LanguagePolicy
 from tether.language.prompts import Messages, Prompt
 from tether.language.reference import Reference
-from tether.language.sampler import Sampler, Samples
+from tether.language.sampler import NotANumberError, Sampler, Samples
 from tether.memory import PeakMemory
+from tether.positions import settle_positions
 from tether.ppo import KLController, LastSeen, Trajectories
 from tether.ppo.advantages import scale_and_clip
 from tether.ppo.kl import estimate_kl, penalised_rewards
 from tether.ppo.trajectories import last_step
 from tether.rewards import Rewards, Scores
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,8 @@ class LanguageWorld:
             raise ValueError("no prompts to collect from")
         if sampler.config.temperature == 0:
             raise ValueError("temperature is 0: PPO learns from sampled tokens, set a temperature above 0")
+        longest = max(len(prompt.token_ids) for prompt in prompts) + sampler.config.max_new_tokens
+        settle_positions([*policy.models(), reference.reader.model], longest)
         config = config or CollectConfig()
         if config.overlong_buffer > sampler.config.max_new_tokens:
             raise ValueError(
@@ -155,6 +162,7 @@ class LanguageWorld:
         self._queue: list[int] = []  # prompts still to be visited in this pass
         self._batch: _Batch | None = None
         self._follow_due = False  # the policy may have learned since the reference was told last
+        self._has_learned = False  # the policy may have, since the first batch was collected
         self._first_length: float | None = None  # mean response length of the first batch
 
     @property
@@ -190,17 +198,41 @@ class LanguageWorld:
         )
         clock.lap("reference")
         self._batch = _Batch(kept.prompts, kept.samples, kept.scores, clock, drawn, len(draws), gold)
-        self._follow_due = True
+        self._follow_due = self._has_learned = True
         return trajectories
+
+    def _fault(self, message: str) -> Exception:
+        """What is wrong with the model as it was brought, or as it has become."""
+        if not self._has_learned:
+            return UserError(message)
+        return FloatingPointError(f"{message}; the run has diverged: lower learner.learning_rate")
+
+    def _check_first_ratio(self, prompts: list[Prompt], samples: Samples, found: FirstRatio) -> None:
+        """UserError where the learner reads the first batch otherwise than the sampler drew it."""
+        if found.rounding:
+            logger.info("the first ratio: %s", found.rounded(self.policy))
+        if found.fits:
+            return
+        drawn = samples.response_ids[found.row][found.step]
+        raise UserError(
+            found.misfit(prompts[found.row].place, self.sampler.texts.of_tokens([drawn])[drawn], self.policy)
+        )
 
     def _draw(self, prompts: int, before: list[Draw], clock: _Clock) -> Draw:
         """Scored responses to the next `prompts` prompts; `before` was drawn for the same batch."""
         chosen = [self.prompts[i] for i in self._next_prompts(prompts) for _ in range(self.config.samples_per_prompt)]
-        samples = self.sampler.sample([p.token_ids for p in chosen], True)  # with alternatives
+        try:
+            samples = self.sampler.sample([p.token_ids for p in chosen], True)  # with alternatives
+        except NotANumberError as error:
+            raise self._fault(f"{chosen[error.index].place}: {error}") from error
         clock.lap("sampling")
         scores = self._score(self.rewards, chosen, samples, before)
         clock.lap("scoring")
         return Draw(chosen, samples, scores)
+
+    def begin_pass(self) -> None:
+        """Leave what is left of this pass over the prompts, and shuffle them anew."""
+        self._queue = []
 
     def _next_prompts(self, count: int) -> list[int]:
         indices: list[int] = []
@@ -213,10 +245,8 @@ class LanguageWorld:
         return indices
 
     def _score(self, rewards: Rewards, prompts: list[Prompt], samples: Samples, before: list[Draw]) -> Scores:
-        columns: dict[str, list[Any]] = {name: [p.columns.get(name) for p in prompts] for name in prompts[0].columns}
-        completions = [as_completion(p, text) for p, text in zip(prompts, samples.texts, strict=True)]
         try:
-            return rewards([p.source for p in prompts], completions, samples.response_ids, columns)
+            return score_samples(rewards, prompts, samples)
         except RewardError as error:
             error.responses = [  # type: ignore[attr-defined]
                 {"prompt": p.text, "response": t, "score": s}
@@ -243,10 +273,15 @@ class LanguageWorld:
         compared = torch.arange(count := min(config.kl_responses, len(mask)), device=device) * len(mask) // count
         with self.policy.precision():
             reference, kl = compare(self.policy.reader, self.reference, context, actions, mask, compared)
-        if bool(reference[mask].isnan().any() | kl[compared][mask[compared]].isnan().any()):
-            raise FloatingPointError(
-                "the reference or the policy gives nan for what was drawn: look at their weights, or take dtype float32"
+        if bool((broken := (reference.isnan() & mask).any(dim=1)).any()):
+            where = prompts[int(broken.nonzero()[0])].place
+            raise UserError(
+                f"{where}: the log-probabilities of the reference are NaN: look at its weights, or take dtype float32"
             )
+        if bool(kl[compared][mask[compared]].isnan().any()):
+            raise self._fault(f"the KL to the reference is NaN in {self.policy.numbers}: take dtype float32")
+        if not self._has_learned:
+            self._check_first_ratio(prompts, samples, first_ratio(self.policy, context, actions, log_probs, mask))
         shaped = scale_and_clip(scores, config.score_scale, config.score_clip)
         shaped = shaped - config.missing_eos_penalty * ~samples.terminated
         if config.overlong_buffer:
@@ -394,7 +429,7 @@ class LanguageWorld:
 
     def save_policy(self, folder: Path) -> None:
         """`policy/`, a Hugging Face folder (of adapters alone where it has any), its tokenizer, and the critic."""
-        save_model(self.policy.model, folder / "policy")
+        save_model(self.policy.model, folder / "policy", self.sampler.end_ids.tolist())
         self.tokenizer.save_pretrained(folder / "policy")
         critic = {name: p.detach().cpu().contiguous() for name, p in self.policy.critic_parameters().items()}
         save_file(critic, folder / "critic.safetensors")
@@ -429,6 +464,7 @@ class LanguageWorld:
         self.sampler.generator.set_state(state["sampler"])
         self._queue = state["queue"].tolist()
         self._follow_due = state["follow_due"]
+        self._has_learned = True
         self.reference.load_state_dict(state["reference"])
         self._first_length = state["first_length"]
 
@@ -455,6 +491,13 @@ def _mean(name: str, values: Tensor, groups: Tensor) -> dict[str, float]:
         return mean
     means = torch.zeros(len(sizes), dtype=values.dtype, device=values.device).index_add_(0, place, values) / sizes
     return mean | {f"{name}_error": float(means.std()) / math.sqrt(len(sizes))}
+
+
+def score_samples(rewards: Rewards, prompts: Sequence[Prompt], samples: Samples) -> Scores:
+    """The scores of responses, one to each of these prompts."""
+    columns: dict[str, list[Any]] = {name: [p.columns.get(name) for p in prompts] for name in prompts[0].columns}
+    completions = [as_completion(p, text) for p, text in zip(prompts, samples.texts, strict=True)]
+    return rewards([p.source for p in prompts], completions, samples.response_ids, columns)
 
 
 def turns_of(messages: Messages) -> Messages:

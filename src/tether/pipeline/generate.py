@@ -21,10 +21,11 @@ from tether.errors import UserError
 from tether.language.models import load_causal_lm, load_tokenizer
 from tether.language.policy import LanguagePolicy
 from tether.language.prompts import Prompt, PromptsConfig, load_prompts, prompts_from_rows
-from tether.language.sampler import Sampler, SamplingConfig
+from tether.language.sampler import NotANumberError, Sampler, SamplingConfig
 from tether.pipeline.opening import count
 from tether.pipeline.opening_language import describe_policy, describe_tokenizer
 from tether.pipeline.progress import Tally
+from tether.positions import settle_positions
 from tether.pretrained import check_vocabulary, context_length
 
 logger = logging.getLogger(__name__)
@@ -153,11 +154,20 @@ def tell_size(prompts: int, samples: int, sampling: SamplingConfig) -> Tally:
 
 
 def sample_responses(sampler: Sampler, prompts: Sequence[Prompt], samples: int) -> Iterator[list[Response]]:
-    """Responses in the order of the prompts, `samples` to each, as many at once as the sampler's batch takes."""
+    """Responses in the order of the prompts, `samples` to each, as many at once as the sampler's batch takes.
+
+    Raises:
+        UserError: the model gives NaN for a prompt.
+    """
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    settle_positions(sampler.policy.models(), longest + sampler.config.max_new_tokens)
     size = max(1, sampler.config.batch_size // samples)
     for start in range(0, len(prompts), size):
         chosen = [prompt for prompt in prompts[start : start + size] for _ in range(samples)]
-        drawn = sampler.sample([prompt.token_ids for prompt in chosen])
+        try:
+            drawn = sampler.sample([prompt.token_ids for prompt in chosen])
+        except NotANumberError as error:
+            raise UserError(f"{chosen[error.index].place}: {error}") from error
         log_probs = drawn.log_probs.double().sum(dim=1).tolist()
         columns = (chosen, drawn.texts, drawn.response_ids, drawn.terminated.tolist(), log_probs)
         yield [Response(*values) for values in zip(*columns, strict=True)]

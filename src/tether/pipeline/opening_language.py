@@ -65,6 +65,14 @@ def describe_model(model: PreTrainedModel, name: str = "") -> str:
     return f"{f'{name} ({kind})' if name else kind}: {describe_parameters(model.parameters())}{adapters}"
 
 
+def has_experts(model: PreTrainedModel) -> bool:
+    """Whether a router sends each token to some of several experts."""
+    config = model.config.get_text_config()
+    return any(
+        (getattr(config, name, None) or 0) > 1 for name in ("num_local_experts", "num_experts", "n_routed_experts")
+    )
+
+
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """How many tokens it knows, and what its chat template is given."""
     given = ", ".join(f"{name}: {json.dumps(value, default=str)}" for name, value in kept_kwargs(tokenizer).items())

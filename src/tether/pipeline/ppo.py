@@ -6,6 +6,7 @@ Here the pieces meet: configuration, loading, and what a run needs to go on. The
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +37,8 @@ from tether.language.rows import plain_rows
 from tether.language.sampler import Sampler, SamplingConfig
 from tether.language.world import CollectConfig, LanguageWorld
 from tether.memory import keep_freed_memory
+from tether.pipeline.brought import check_data, describe_data, describe_sources, warn_of_changes
+from tether.pipeline.checks import cheap_findings, heed
 from tether.pipeline.frontier import FrontierConfig, draw_frontier
 from tether.pipeline.opening_language import describe_ppo
 from tether.pipeline.progress import Progress
@@ -49,6 +52,8 @@ from tether.rewards.tasks import ProblemsConfig, Task
 from tether.runs.alarms import AlarmsConfig
 from tether.runs.random_states import seed_random_states
 from tether.train import Iteration
+
+logger = logging.getLogger(__name__)
 
 AUTOCAST_FROM = 5_000_000  # parameters
 
@@ -95,6 +100,8 @@ class PPOConfig:
     """How many of the newest checkpoints stay."""
     overwrite: bool = False
     """Replace a run that `output` already holds."""
+    new_pass: bool = False
+    """With `--resume`: the prompts are others than before, so begin a new pass over them. Off: others are refused."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model from the hub. Off: such models are refused."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -213,27 +220,66 @@ def build_ppo(
     parts = parts or Parts()
     if config.compile:
         check_compiler(config.device)
+    task, rewards, gold = load_rewards(config, parts)
+    seed_random_states(config.seed)
+    tokenizer = load_own_tokenizer(config, parts)
+    base = load_base(config, parts)
+    check_vocabulary(base, tokenizer, config.model or "model")
+    prompts = read_prompts(config, parts, task, tokenizer, base)
+    check_rewards(config, prompts, rewards, gold)
+    if checkpoint is None:
+        heed(cheap_findings(config, tokenizer, base, prompts))
+    return assemble(config, parts, base, tokenizer, prompts, (rewards, gold), checkpoint)
+
+
+def load_rewards(config: PPOConfig, parts: Parts) -> tuple[Task | None, Rewards, Rewards | None]:
+    """The task, where one is named, what scores responses, and what scores them for comparison only."""
     task = Task(config.task, config.problems) if config.task else None
     rewards = Rewards(config.reward, parts.reward, task)
-    gold = _gold(config, parts)
-    seed_random_states(config.seed)
+    given = parts.gold is not None or bool(config.gold.functions)
+    return task, rewards, Rewards(config.gold, parts.gold, section="gold") if given else None
+
+
+def load_own_tokenizer(config: PPOConfig, parts: Parts) -> PreTrainedTokenizerBase:
+    """The policy's."""
     tokenizer = load_tokenizer(config.model, config.trust_remote_code) if parts.tokenizer is None else parts.tokenizer
     prepare_tokenizer(tokenizer)
     ChatTemplate(tokenizer, config.prompts, "prompts").keep()  # saved with the policy
-    base = _base(config, parts)
-    check_vocabulary(base, tokenizer, config.model or "model")
+    return tokenizer
+
+
+def read_prompts(
+    config: PPOConfig, parts: Parts, task: Task | None, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel
+) -> list[Prompt]:
+    """Where episodes start: the task's problems, rows in memory, or a data set."""
     room = (context_length(base), config.sampling.max_new_tokens)
     if task is not None:
-        prompts = prompts_from_rows(task.rows, config.prompts, tokenizer, *room)
-    elif parts.prompts is None:
-        prompts = load_prompts(config.prompts, tokenizer, *room)
-    else:
-        rows = [{"prompt": p} if isinstance(p, str) else p for p in plain_rows(parts.prompts)]
-        prompts = prompts_from_rows(rows, config.prompts, tokenizer, *room)
+        return prompts_from_rows(task.rows, config.prompts, tokenizer, *room)
+    if parts.prompts is None:
+        return load_prompts(config.prompts, tokenizer, *room)
+    rows = [{"prompt": p} if isinstance(p, str) else p for p in plain_rows(parts.prompts)]
+    return prompts_from_rows(rows, config.prompts, tokenizer, *room)
+
+
+def check_rewards(config: PPOConfig, prompts: Sequence[Prompt], rewards: Rewards, gold: Rewards | None) -> None:
+    """UserError where a reward misses a column, or cannot read an answer."""
     columns = {name: [p.columns[name] for p in prompts] for name in prompts[0].columns}
     places = [f"{config.prompts.path or config.task or 'prompts'}, row {p.row}" for p in prompts]
     for scorer in (rewards, *([] if gold is None else [gold])):
         scorer.check(columns, [p.source for p in prompts], places)
+
+
+def assemble(
+    config: PPOConfig,
+    parts: Parts,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    scorers: tuple[Rewards, Rewards | None],
+    checkpoint: Path | None = None,
+) -> tuple[LanguageWorld, Learner]:
+    """World and learner of pieces that are loaded and checked; `scorers` are the reward's and the held-out ones."""
+    rewards, gold = scorers
     model, reference = (_adapted if config.lora.rank else _whole)(config, parts, base, checkpoint)
     policy = LanguagePolicy(
         model,
@@ -256,10 +302,16 @@ def build_ppo(
             )
         if state["frozen_critic"] != constants["frozen_critic"]:
             raise UserError(f"{config.output}: the run was begun with another value_model; give it as it was then")
+        if config.new_pass:
+            world.begin_pass()
+            logger.info("a new pass begins, over %s prompts", f"{len(prompts):,}")
+        else:
+            check_data(state.get("data"), constants["data"], config.prompts.path or config.task or "prompts")
+        warn_of_changes(state.get("sources", {}), constants["sources"])
     return world, learner
 
 
-def _base(config: PPOConfig, parts: Parts) -> PreTrainedModel:
+def load_base(config: PPOConfig, parts: Parts) -> PreTrainedModel:
     """The model as it was before training, with the adapters that are to be trained where there is a rank."""
     if parts.model is not None:
         model = prepare_model(parts.model, config.device)
@@ -318,20 +370,19 @@ def _critic(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequ
 def _settled(config: PPOConfig, world: LanguageWorld) -> PPOConfig:
     """With what was decided for this machine, so that the run goes on in the same way on another."""
     prompts = ChatTemplate(world.tokenizer, config.prompts, "prompts").settled(config.prompts)
-    return replace(config, device=str(world.policy.device), autocast=world.policy.autocast, prompts=prompts)
+    device, autocast = str(world.policy.device), world.policy.autocast
+    return replace(config, device=device, autocast=autocast, prompts=prompts, new_pass=False)
 
 
 def _constants(world: LanguageWorld) -> dict[str, Any]:
-    """What a run is resumed with as it was begun."""
+    """What a run was begun with, by which a resumed one is compared."""
     frozen = world.policy.critic_parameters(trained=False)
-    return {"reference": world.reference.fingerprint, "frozen_critic": fingerprint(frozen.values())}
-
-
-def _gold(config: PPOConfig, parts: Parts) -> Rewards | None:
-    """What scores responses for comparison only; None where nothing was asked for."""
-    if parts.gold is None and not config.gold.functions:
-        return None
-    return Rewards(config.gold, parts.gold, section="gold")
+    return {
+        "reference": world.reference.fingerprint,
+        "frozen_critic": fingerprint(frozen.values()),
+        "data": describe_data(world.prompts),
+        "sources": describe_sources(world.tokenizer, {"reward": world.rewards, "gold": world.gold}),
+    }
 
 
 def _named_reference(config: PPOConfig, base: PreTrainedModel) -> PreTrainedModel:
@@ -369,6 +420,8 @@ def train_ppo(
     Raises:
         UserError: something the user brought cannot work.
     """
+    if config.new_pass and not resume:
+        raise UserError("new_pass is set, but a run that begins has no other pass; it is for --resume")
     with Progress(config.iterations, _shown(config), report is None if progress is None else progress) as shown:
 
         def build(checkpoint: Path | None) -> tuple[LanguageWorld, Learner]:

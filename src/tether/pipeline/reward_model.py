@@ -34,7 +34,7 @@ from tether.pipeline.comparisons import TokenizedPairs, accumulate_gradients, sc
 from tether.pipeline.opening import aligned, count, describe_device
 from tether.pipeline.opening_language import describe_model, describe_tokenizer
 from tether.pipeline.supervised import Batch, Optimizer, Report, SupervisedConfig, longest_text, plan_batches
-from tether.pretrained import without_bars
+from tether.pretrained import restore_outputs, without_bars
 from tether.rewards.classifiers import load_classifier
 from tether.rewards.models import MEMBER
 from tether.rewards.normalisation import Combine, Normalisation
@@ -221,6 +221,7 @@ class _Members:
             place = place / MEMBER.format(len(self.reference))
         with without_bars():
             model.save_pretrained(place)
+        restore_outputs(model, place)
         self.tokenizer.save_pretrained(place)
         normalisation.save(place)
         self.reference.append(scores)

@@ -23,13 +23,21 @@ from tether.errors import UserError
 from tether.language.adapters import LoRAConfig, give_adapters, save_model
 from tether.language.cross_entropy import Passes, accumulate_gradients, mean_loss
 from tether.language.layers import checkpointed_layers
-from tether.language.models import Quantization, check_quantization, load_tokenizer, load_trainable, prepare_tokenizer
+from tether.language.models import (
+    Quantization,
+    check_quantization,
+    end_token_ids,
+    load_tokenizer,
+    load_trainable,
+    prepare_tokenizer,
+)
 from tether.language.packing import TokenizedSamples, check_packing
 from tether.language.rows import load_rows
 from tether.pipeline.opening import aligned, count, describe_device
-from tether.pipeline.opening_language import describe_model, describe_tokenizer
+from tether.pipeline.opening_language import describe_model, describe_tokenizer, has_experts
 from tether.pipeline.samples import Row, RowFormat, tokenize_rows
 from tether.pipeline.supervised import Batch, Optimizer, Report, SupervisedConfig, longest_text, plan_batches
+from tether.positions import settle_positions
 from tether.pretrained import check_vocabulary
 from tether.runs import Display, Run, recorded
 from tether.runs.random_states import seed_random_states
@@ -168,10 +176,16 @@ def _opening(
     size = count(config.batch_size, "sample")
     if config.batch_tokens is not None:
         size = f"samples of up to {config.batch_tokens:,} tokens together"
+    experts = (
+        [("experts", "the loss is cross-entropy alone, without a term that balances them")]
+        if has_experts(model)
+        else []
+    )
     return aligned(
         [
             ("device", describe_device(model.parameters(), config.autocast)),
             ("model", f"{describe_model(model, config.model)}; {describe_tokenizer(tokenizer)}"),
+            *experts,
             ("data", text),
             ("run", f"{count(steps, 'step')} of {size}, in {config.output}"),
         ]
@@ -216,7 +230,7 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     """Write model (adapters alone where it has any) and tokenizer as a folder that appears whole or not at all."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    save_model(model, partial)
+    save_model(model, partial, end_token_ids(model, tokenizer))
     tokenizer.save_pretrained(partial)
     if folder.exists():
         shutil.rmtree(folder)
@@ -252,6 +266,8 @@ def _prepare(
         order = np.random.default_rng([config.seed, 1]).permutation(len(kept))
         is_held_out = np.isin(rows_of, kept[order[:count]])
         train, held_out = train.select(np.flatnonzero(~is_held_out)), train.select(np.flatnonzero(is_held_out))
+    sets = [train] if held_out is None else [train, held_out]
+    settle_positions([model], max(int(own.lengths.max()) for own in sets))
     return _Data(train, held_out, skipped, truncated)
 
 

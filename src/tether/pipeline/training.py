@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar
 
 from tether.config import config_to_dict
-from tether.errors import UserError
+from tether.errors import RewardError, UserError
 from tether.pipeline.progress import Progress
 from tether.ppo import Learner
 from tether.runs import Run, load_state, recorded, refuse_run, save_state
@@ -164,6 +164,8 @@ def train_in_folder(
                         break
             except BaseException as error:
                 _keep_responses(folder, learner.iteration + 1, error)
+                if complete == 0 and isinstance(error, UserError) and not isinstance(error, RewardError):
+                    run.forget_frontier()  # what the user brought cannot work: nothing here is in the way of a new run
                 # parameters, boundary and logs are of one iteration unless its update or its logging was broken off
                 if not learner.updating and learner.iteration == complete > saved:
                     save()

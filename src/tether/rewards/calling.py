@@ -7,6 +7,7 @@ nobody but its own caller, and that one only until the time limit.
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import math
 import numbers
@@ -26,6 +27,8 @@ from tether.rewards.loading import RewardFunction, location_of
 from tether.rewards.verifiers import Text, text_of
 
 Task = tuple[Callable[[], Any], "Future[Any]"]
+
+UNCHANGING = frozenset({str, int, float, bool, bytes, type(None)})
 
 WAIT = 0.2  # seconds; a Ctrl-C that comes just before a wait is seen only after it
 
@@ -169,9 +172,30 @@ def _is_async(call: Callable[..., Any]) -> bool:
 
 
 def _taken(function: RewardFunction, arguments: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-    """The arguments that the function takes, each a list of its own, as a function may sort or pop from it."""
+    """The arguments that the function takes, at every depth its own: it may sort them, pop from them or keep them."""
     accepts = function.accepts
-    return {name: list(values) for name, values in arguments.items() if accepts is None or name in accepts}
+    return {
+        name: [_own(value) for value in values]  # one by one: rows may share an entry
+        for name, values in arguments.items()
+        if accepts is None or name in accepts
+    }
+
+
+def _own(value: Any) -> Any:
+    """A copy of what can be changed in place; what cannot be copied, such as an open file, is handed on as it is."""
+    kind = type(value)
+    if kind in UNCHANGING:
+        return value
+    if kind is list:
+        return list(value) if UNCHANGING.issuperset(map(type, value)) else [_own(entry) for entry in value]
+    if kind is dict:
+        return {key: _own(entry) for key, entry in value.items()}
+    if kind is tuple:
+        return tuple(_own(entry) for entry in value)
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # noqa: BLE001 - of whatever the user's rows hold
+        return value
 
 
 def _said(function: RewardFunction, error: BaseException) -> str:

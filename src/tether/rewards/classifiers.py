@@ -34,6 +34,7 @@ from tether.pretrained import (
     check_tokenizer,
     check_vocabulary,
     check_weight_files,
+    quiet_outputs,
     without_bars,
 )
 from tether.rewards.passes import check_company
@@ -113,6 +114,7 @@ def load_classifier(
         _check_head(path, model, loading["unexpected_keys"])
     if new_head_seed is not None:
         _draw(model, head, new_head_seed)
+    quiet_outputs(model)
     check_finite(model, path, dtype)
     check_vocabulary(model, tokenizer, path)
     _agree_on_padding(model, tokenizer, classifier, path)

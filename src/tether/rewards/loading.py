@@ -25,6 +25,7 @@ from tether.rewards.remote import Remote
 from tether.rewards.shape import Format, Length
 from tether.rewards.verifiers import Arithmetic, ExactMatch, Numeric, Regex
 from tether.user_code import import_place
+from tether.yaml_file import BOOLEANS
 
 BUILT_IN: dict[str, Callable[..., Callable[..., Any]]] = {
     "exact_match": ExactMatch,
@@ -181,9 +182,9 @@ def _option(place: str, kind: Any, text: str) -> str | bool | float:
             raise UserError(f"{place} is empty; expected text")
         return text
     if kind is bool:
-        if text.lower() not in ("true", "false", "1", "0"):
+        if text.lower() not in BOOLEANS:
             raise UserError(f"{place} is {text!r}; expected true or false")
-        return text.lower() in ("true", "1")
+        return BOOLEANS[text.lower()]
     try:
         value = float(text)
     except ValueError:

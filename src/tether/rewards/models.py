@@ -23,7 +23,7 @@ from tether.pretrained import context_length
 from tether.rewards.classifiers import load_classifier
 from tether.rewards.normalisation import COMBINE, NORMALISATION_FILE, Combine, Normalisation
 from tether.rewards.passes import encode, score_all, shortened
-from tether.rewards.verifiers import Text
+from tether.rewards.verifiers import Text, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -124,10 +124,23 @@ class RewardModel:
         return read
 
     def raw(self, prompts: Sequence[Text], completions: Sequence[Text], names: Sequence[str] | None = None) -> Tensor:
-        """Scores (K, N) of each member, before normalisation; arguments and errors as in `tokens`."""
+        """Scores (K, N) of each member, before normalisation; arguments as in `tokens`.
+
+        Raises:
+            RewardError: as in `tokens`; a score is not finite.
+        """
         read = self.tokens(prompts, completions, names)
         scored = zip(self.members, read, strict=True)
-        return torch.stack([score_all(model, token_ids, self.most_tokens) for model, token_ids in scored])
+        scores = torch.stack([score_all(model, token_ids, self.most_tokens) for model, token_ids in scored])
+        if not bool((finite := scores.isfinite().all(dim=0)).all()):
+            index = int((~finite).nonzero()[0])
+            name = f"completion {index} of {text_of(prompts[index])[-60:]!r}" if names is None else names[index]
+            kind = str(self.members[0].dtype).removeprefix("torch.")
+            raise RewardError(
+                f"{name}: the score of the reward model {self.path} is NaN or infinite in {kind}: numbers overflow in "
+                "the model; " + ("look at its weights" if kind == "float32" else "take dtype float32")
+            )
+        return scores
 
     def score(
         self, prompts: Sequence[Text], completions: Sequence[Text], names: Sequence[str] | None = None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tether.chat import ChatTemplate, Conversation
 from tether.errors import RewardError, UserError, reason
+from tether.positions import frequency_edge
 from tether.pretrained import context_length
 from tether.rewards.verifiers import Text, text_of
 from tether.tokens import encode_plain, tokenize_whole
@@ -108,10 +109,18 @@ def score_tokens(model: PreTrainedModel, token_ids: Sequence[Sequence[int]], aut
     """Raw scores (B,) of one pass, float32, each as the model gives it alone; with gradients where they are on.
 
     Padded on the right. Where the model's configuration names no pad, the filling is an id that ends none of the texts,
-    since transformers reads the score of a causal model at the last token that is not the pad.
+    since transformers reads the score of a causal model at the last token that is not the pad. Where the model reads
+    short texts with other frequencies than long ones, each kind has a pass of its own.
     """
     if model.config.is_encoder_decoder and len(token_ids) > 1:  # which refuse texts that differ in their count of eos
         return torch.cat([score_tokens(model, [ids], autocast) for ids in token_ids])
+    edge = frequency_edge(model)
+    long = [edge is not None and len(ids) > edge for ids in token_ids]
+    if any(long) and not all(long):
+        order = sorted(range(len(long)), key=long.__getitem__)
+        parts = [[token_ids[i] for i in order if long[i] is kind] for kind in (False, True)]
+        scores = torch.cat([score_tokens(model, part, autocast) for part in parts])
+        return scores[torch.tensor(order, device=scores.device).argsort()]
     named = model.config.get_text_config().pad_token_id
     last = {ids[-1] for ids in token_ids}
     pad = next(index for index in range(len(last) + 1) if index not in last) if named is None else named

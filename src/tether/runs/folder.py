@@ -156,6 +156,10 @@ class Run:
         """Store the episodes of an iteration in one transaction."""
         self._open_episodes().append(iteration, episodes)
 
+    def forget_frontier(self) -> None:
+        """Remove frontier.json, where nothing was trained: the folder then holds no run that `refuse_run` refuses."""
+        (self.folder / FRONTIER_FILE).unlink(missing_ok=True)
+
     def save_checkpoint(self, iteration: int, write: Callable[[Path], None]) -> Path:
         """Save the state after `iteration`: `write` gets an empty folder to fill. Returns where it is in the end.
 
