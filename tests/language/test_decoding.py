@@ -103,8 +103,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 def test_a_prompt_is_read_once_for_all_its_responses(monkeypatch: pytest.MonkeyPatch) -> None:
-    passes = counted(monkeypatch)
     sampler = Sampler(make_policy(), make_tokenizer(), SamplingConfig(max_new_tokens=3))
+    passes = counted(monkeypatch)
     sampler.end_ids = torch.tensor([-1])
     samples = sampler.sample([PROMPTS[0]] * 5 + [PROMPTS[1]] * 5)
     assert len({tuple(ids) for ids in samples.response_ids}) > 2
@@ -125,8 +125,8 @@ def test_prompts_are_read_ahead_as_many_as_there_are_slots(monkeypatch: pytest.M
 
 
 def test_only_tokens_that_are_drawn_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    passes = counted(monkeypatch)
     sampler = Sampler(make_policy(), make_tokenizer(), SamplingConfig(max_new_tokens=20, batch_size=8))
+    passes = counted(monkeypatch)
     sampler.end_ids = torch.tensor([4, 5, 6])
     samples = sampler.sample(PROMPTS * 20)
     tokens = sum(len(ids) for ids in samples.response_ids)

@@ -230,7 +230,8 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     """Write model (adapters alone where it has any) and tokenizer as a folder that appears whole or not at all."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    save_model(model, partial, end_token_ids(model, tokenizer))
+    # what a classifier ends with is nobody's to generate
+    save_model(model, partial, end_token_ids(model, tokenizer) if model.can_generate() else ())
     tokenizer.save_pretrained(partial)
     if folder.exists():
         shutil.rmtree(folder)
