@@ -19,6 +19,7 @@ NAMES = {path: str(path.relative_to(SOURCE)) for path in FILES}
 
 WORLDS = {"language", "control"}
 LEAVES = {"errors", "yaml_file", "episode", "user_code", "devices", "pretrained", "memory", "uncertainty"}
+LEAVES |= {"random_states"}
 """What every room may import, since it imports none."""
 
 BELOW: dict[str, set[str]] = {
@@ -39,6 +40,7 @@ BELOW: dict[str, set[str]] = {
     "episode": set(),
     "memory": set(),
     "pretrained": {"errors"},
+    "random_states": set(),
     "uncertainty": set(),
     "user_code": {"errors"},
     "yaml_file": {"errors"},

@@ -21,9 +21,9 @@ from tether.config import config_to_dict
 from tether.errors import UserError
 from tether.pipeline.progress import Progress
 from tether.ppo import Learner
+from tether.random_states import random_states, set_random_states
 from tether.runs import Run, load_state, recorded, refuse_run, save_state
 from tether.runs.alarms import AlarmLog, AlarmsConfig
-from tether.runs.random_states import random_states, set_random_states
 from tether.train import Iteration, World, iterate
 
 logger = logging.getLogger(__name__)
