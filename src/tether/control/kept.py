@@ -91,14 +91,15 @@ def bring_states(kept: Sequence[Any], states: States, label: str) -> list[str]:
             with one_line_errors(f"{label}: load_state_dict of its wrapper `{name}`"):
                 layer.load_state_dict(_unpacked(state))
             continue
-        saved, own = np.asarray(state["mean"]).shape, np.asarray(rms.mean).shape
-        if saved != own:
-            raise UserError(f"{label}: its wrapper `{name}` has statistics of shape {own}, but those saved are {saved}")
+        saved, there = np.asarray(state["mean"]).shape, np.asarray(rms.mean).shape
+        if saved != there:
+            raise UserError(f"{label}: its wrapper `{name}` has statistics of shape {there}, but saved are {saved}")
         for moment in _MOMENTS:
             value = np.array(state[moment])
             setattr(rms, moment, value if isinstance(getattr(rms, moment), np.ndarray) else value[()])
         for key in _RETURNS:
-            if key in state and np.shape(state[key]) == np.shape(getattr(layer, key, None)):
+            own = getattr(layer, key, None)
+            if key in state and own is not None and np.asarray(own).shape == np.asarray(state[key]).shape:
                 setattr(layer, key, np.array(state[key]))
     missing += [f"what its wrapper `{name}` had gathered is left out, since there is none now" for name, _ in left]
     return missing
