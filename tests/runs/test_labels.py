@@ -121,7 +121,7 @@ def test_answers_are_flushed_to_the_disk(file: Path) -> None:
         settings = [
             labels._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")
         ]
-    assert settings == ["wal", 2]  # 2: FULL, which syncs the log at every commit
+    assert settings == ["delete", 2]  # 2: FULL, which syncs at every commit
 
 
 def test_two_writers_wait_for_each_other(file: Path) -> None:
