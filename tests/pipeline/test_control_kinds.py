@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
-from tests.control import zoo
+from tests.control import test_environments, test_infos, test_world, zoo
 from tests.run_folders import metric_lines, newest_checkpoint
 
 from tether.cli import main
@@ -83,6 +84,32 @@ def test_every_kind_is_collected_from_tried_filmed_and_resumed(
     assert first == tried(whole, seed=1, sample=True)
     assert first.lengths == [6 if trick == "endless" else 5] * 3
     assert (first.success is None) == (trick != "tells of success") == ("success" not in read_metrics(whole)[-1])
+
+
+@pytest.mark.parametrize(
+    ("env", "vectorization"),
+    [
+        ("CartPole-v1", "native"),
+        ("Zoo/Counters-v0", "native"),
+        (f"{test_environments.__file__}:global_env", "async"),
+        (f"{test_world.__file__}:mixed", "sync"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*not an instance of AutoresetMode")
+def test_those_that_are_not_rendered_too(env: str, vectorization: str, tmp_path: Path) -> None:
+    gymnasium.register("Zoo/Counters-v0", vector_entry_point=test_infos.Counters)
+    options = {"mode": "SameStep", "say": None, "ends": "terminated"} if env == "Zoo/Counters-v0" else {}
+    try:
+        whole = settings(tmp_path / "whole", env, vectorization, options=options)
+        parts = settings(tmp_path / "parts", env, vectorization, options=options, total_steps=16)
+        expected = metric_lines(train(whole))
+        train(parts)
+        assert metric_lines(train(replace(parts, total_steps=32), resume=True)) == expected
+        first = tried(Path(whole.output), seed=1)
+        assert first == tried(Path(whole.output), seed=1)
+        assert len(first.lengths) == 3
+    finally:
+        gymnasium.registry.pop("Zoo/Counters-v0")
 
 
 def test_one_path_serves_training_and_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +226,7 @@ def test_a_limit_of_its_own_may_be_longer() -> None:
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
-@pytest.mark.parametrize("how", ["exit", "zero", "interrupt"])
+@pytest.mark.parametrize("how", ["exit", "interrupt"])
 def test_an_environment_that_ends_the_program_is_an_error(
     how: str, vectorization: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,14 +253,14 @@ def test_what_fails_when_an_environment_is_closed_is_a_line(tmp_path: Path, capl
 
 
 @pytest.mark.parametrize(
-    ("place", "said"),
+    ("place", "said", "error"),
     [
-        ("tether.control.films.render", "no film, and training goes on"),
-        ("tether.runs.folder.Run._open_tensorboard", "TensorBoard: "),
-        ("tether.runs.folder.Run.log_episodes", "episodes: "),
+        ("tether.control.films.render", "no film, and training goes on", SystemExit()),
+        ("tether.runs.folder.Run._open_tensorboard", "TensorBoard: ", RuntimeError("lost")),
+        ("tether.runs.folder.Run.log_episodes", "episodes: ", OSError("full")),
+        ("tether.pipeline.training.Progress.iteration", "the display: ", BrokenPipeError("gone")),
     ],
 )
-@pytest.mark.parametrize("error", [RuntimeError("lost"), SystemExit()])
 def test_what_people_look_at_never_ends_a_run(
     place: str, said: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
