@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
@@ -34,13 +35,15 @@ class Zoo(gymnasium.Env[Any, Any]):
 
     def __init__(self, kind: str, trick: str, render_mode: str | None) -> None:
         self.render_mode, self.trick = render_mode, trick
-        self.observation_space, self.action_space = KINDS[kind]
+        self.observation_space, self.action_space = copy.deepcopy(KINDS[kind])
         self.buffer: Any = None
         self.time = 0
 
     def seen(self) -> Any:
         draw = np.random.normal() if self.trick == "everyone's random numbers" else self.np_random.normal()  # noqa: NPY002
         space = self.observation_space
+        if self.trick == "samples":
+            return space.sample()
         if isinstance(space, spaces.Dict):
             return {"place": self.time % 3, "speed": np.full(2, np.clip(draw, -1, 1), np.float32)}
         assert isinstance(space, spaces.Box)

@@ -34,7 +34,7 @@ from tether.runs import load_state, read_config, read_episodes, read_metrics
 
 ZOO = f"{zoo.__file__}:make_env"
 TRIES = [(kind, "", "sync") for kind in zoo.KINDS] + [
-    *(("vector", trick, "sync") for trick in zoo.TRICKS if trick != "everyone's random numbers"),
+    *(("vector", trick, "sync") for trick in (*zoo.TRICKS, "samples") if trick != "everyone's random numbers"),
     *(("vector", trick, "async") for trick in ("normalised", "everyone's random numbers")),
 ]
 

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -210,8 +211,8 @@ class Film:
 
 def frames_per_second(environment: Any) -> float:
     """What the environment says of it, and the usual where it says nothing that could be."""
-    said = environment.metadata.get("render_fps")
-    if isinstance(said, (int, float)) and math.isfinite(said) and said > 0:
+    said = (environment.metadata or {}).get("render_fps")
+    if isinstance(said, Real) and math.isfinite(said) and said > 0:
         return float(said)
     if said is not None:
         logger.warning("render_fps is %r, so the film has %d frames per second", said, USUAL_FRAMES_PER_SECOND)

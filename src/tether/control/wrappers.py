@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, SupportsFloat
 
 import gymnasium
@@ -17,7 +17,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from tether.control.kept import States, bring_states, digests_of, freeze, kept_layers, states_of
+from tether.control.kept import States, bring_states, digests_of, freeze, kept_layers, layers, states_of
 from tether.control.loading import one_line_errors, reason_of
 from tether.errors import UserError
 
@@ -39,6 +39,7 @@ class Checked(Wrapper):
         self._shape = env.observation_space.shape
         self._dtype = env.observation_space.dtype
         self._steps = 0
+        self._spaces = _Sampled(env)
         self._kept = kept_layers(env)
         self._at_start: States = []  # what was gathered before the episode that runs
         self._frozen: States | None = None  # what every episode begins with
@@ -50,6 +51,8 @@ class Checked(Wrapper):
             if self._frozen:
                 bring_states(self._kept, self._frozen, self.label)
             self._at_start = states_of(self._kept, self.label)
+        if seed is not None:
+            self._spaces.seed(seed)
         try:
             result = self.env.reset(seed=seed, options=options)
         except UserError:
@@ -140,6 +143,36 @@ class Checked(Wrapper):
 
     def _here(self) -> str:
         return f"{self.label}, step {self._steps} of its episode" if self._steps else f"{self.label}, reset"
+
+
+class _Sampled:
+    """The spaces of an environment and of its wrappers, which have generators of their own that no reset seeds.
+
+    Many environments draw by `observation_space.sample()`. A generator that nobody drew from is left as it is, as
+    seeding costs as much as some steps.
+    """
+
+    def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
+        found = [getattr(layer, name, None) for layer in layers(env) for name in ("observation_space", "action_space")]
+        self._spaces = list({id(part): part for space in found for part in _parts(space)}.values())
+        self._states: list[Any] = [None] * len(self._spaces)
+
+    def seed(self, seed: int) -> None:
+        """Begin the generators that were drawn from anew."""
+        for place, space in enumerate(self._spaces):
+            if self._states[place] is None or space.np_random.bit_generator.state != self._states[place]:
+                space.seed(seed + place)
+                self._states[place] = space.np_random.bit_generator.state
+
+
+def _parts(space: Any) -> Iterator[spaces.Space[Any]]:
+    """A space, or those that it is made of."""
+    if isinstance(space, spaces.Dict):
+        yield from (part for inner in space.spaces.values() for part in _parts(inner))
+    elif isinstance(space, spaces.Tuple):
+        yield from (part for inner in space.spaces for part in _parts(inner))
+    elif isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)):
+        yield space
 
 
 class ActionRepeat(Wrapper):

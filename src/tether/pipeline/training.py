@@ -171,7 +171,8 @@ def train_in_folder(
                     if interruption.wanted:
                         break
             except BaseException as error:
-                _keep_responses(folder, learner.iteration + 1, error)
+                with looks.at("unscored.jsonl"):
+                    _keep_responses(folder, learner.iteration + 1, error)
                 if isinstance(error, Exception) and not learner.updating and learner.iteration > complete:
                     # its metrics could not be written, but it was learned
                     boundary, complete = _boundary(world), learner.iteration
