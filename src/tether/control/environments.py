@@ -1,51 +1,36 @@
 """Several environments stepped together, whatever steps them: one interface over gymnasium's vector environments.
 
 Knows how episodes are begun, ended and resumed, and what is wrong with the numbers that come back; `making.py` knows
-how one environment is made. Nothing here knows of policies or learning.
+how one environment is made, `together.py` how several are. Nothing here knows of policies or learning.
 
 N = environments, *obs = shape of an observation.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
-from gymnasium.envs.registration import EnvSpec, load_env_creator
-from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from tether.control.atari import atari_creator, atari_options, is_atari
+from tether.control.automatic import Automatic
 from tether.control.kept import States, merged, to_arrays, to_tensors
-from tether.control.loading import one_line_errors
-from tether.control.making import (
-    EnvironmentsConfig,
-    Source,
-    build,
-    check_options,
-    check_spaces,
-    find_source,
-    make_environment,
-    takes_options,
-    wrap,
-)
-from tether.control.vectors import Automatic, Games, Loop, Seeded, Workers
+from tether.control.making import EnvironmentsConfig, build, find_source, make_environment, wrap
+from tether.control.together import Kind, in_a_loop, make_together, place_of
+from tether.control.vectors import Seeded
 from tether.control.wrappers import Watched
 from tether.errors import UserError
 
 __all__ = ["Environments", "EnvironmentsConfig", "Step", "make_environment", "tell_now_and_then"]
-
-Kind = Literal["native", "sync", "async"]
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +95,7 @@ class Environments:
 
     def __init__(self, env: str, config: EnvironmentsConfig, seed: int) -> None:
         source = find_source(env)
-        self._set_up(source.label, *_make(source, config, seed), config, seed)
+        self._set_up(source.label, *make_together(source, config, seed), config, seed)
 
     @classmethod
     def to_try(
@@ -135,10 +120,10 @@ class Environments:
             raise UserError(f"{source.label}: has only a vector environment, whose episodes cannot be filmed")
         environments = cls.__new__(cls)
         if only_native:
-            made = _make(source, config, seed)
+            made = make_together(source, config, seed)
         else:
             single = build(source, config, None if watch is None else "rgb_array", training=False)
-            made = "sync", _loop(source.label, [single if watch is None else Watched(single, watch)])
+            made = "sync", in_a_loop(source.label, [single if watch is None else Watched(single, watch)])
         environments._set_up(source.label, *made, config, seed)
         environments._vector.freeze()
         return environments
@@ -164,9 +149,9 @@ class Environments:
                 raise UserError(f"environment {index} is a {type(env).__name__}, expected a gymnasium.Env")
         label = f"environment `{type(envs[0].unwrapped).__name__}`"
         config = EnvironmentsConfig(count=len(envs), vectorization="sync")
-        checked = [wrap(env, config, label, _place(config, index)) for index, env in enumerate(envs)]
+        checked = [wrap(env, config, label, place_of(config, index)) for index, env in enumerate(envs)]
         environments = cls.__new__(cls)
-        environments._set_up(label, "sync", _loop(label, checked), config, seed)
+        environments._set_up(label, "sync", in_a_loop(label, checked), config, seed)
         return environments
 
     def _set_up(
@@ -459,94 +444,6 @@ def tell_now_and_then() -> Callable[..., None]:
             logger.info(text, *(f"{number:,}" for number in numbers))
 
     return tell
-
-
-def _make(source: Source, config: EnvironmentsConfig, seed: int) -> tuple[Kind, Seeded | Automatic]:
-    kind = config.vectorization
-    reason = _not_native(source, config)
-    if kind == "native" and reason:
-        raise UserError(
-            f"{source.label}: cannot be stepped natively: {reason}; expected `vectorization: sync` or async"
-        )
-    if kind in ("auto", "native") and not reason:
-        assert source.spec is not None
-        return "native", _make_native(source.label, source.spec, config)
-    makers = [functools.partial(_make_one, source.name, config, index) for index in range(config.count)]
-    if kind == "async":
-        seeds = [int(np.random.SeedSequence(seed, spawn_key=(i,)).generate_state(1)[0]) for i in range(config.count)]
-        return "async", Workers(source.label, makers, seeds)
-    return "sync", _loop(source.label, [make() for make in makers])
-
-
-def _loop(label: str, envs: list[gymnasium.Env[Any, Any]]) -> Loop:
-    for index, env in enumerate(envs):
-        if any(env.unwrapped is other.unwrapped for other in envs[:index]):
-            raise UserError(f"{label}: returned the same environment twice, expected a new one from every call")
-        if env.observation_space != envs[0].observation_space or env.action_space != envs[0].action_space:
-            raise UserError(
-                f"{label}: environments 0 and {index} have different spaces, expected the same for all: "
-                f"{env.observation_space}, {env.action_space}"
-            )
-    return Loop(envs)
-
-
-def _make_one(env: str, config: EnvironmentsConfig, index: int) -> gymnasium.Env[Any, Any]:
-    """One of several. A worker process finds the environment itself: a function from a file cannot be sent to it."""
-    return build(find_source(env), config, training=True, place=_place(config, index))
-
-
-def _place(config: EnvironmentsConfig, index: int) -> str:
-    return f", index {index}" if config.count > 1 else ""
-
-
-def _not_native(source: Source, config: EnvironmentsConfig) -> str:
-    """Why no native environment can do what is asked; empty where one can."""
-    spec = source.spec
-    if spec is None or spec.vector_entry_point is None:
-        return "it brings no vector environment"
-    if is_atari(spec):
-        return ""
-    if config.action_repeat > 1 or config.frame_stack > 1:
-        return "action_repeat and frame_stack are for single environments"
-    if spec.additional_wrappers:
-        return "its id has wrappers for single environments"
-    if config.vectorization == "auto" and spec.entry_point is not None:
-        asked = {**config.options, **({} if config.max_episode_steps is None else {"max_episode_steps": 1})}
-        with one_line_errors(f"{source.label}: cannot be made"):
-            if not takes_options(_creator(spec), asked):
-                return "its vector environment does not take these options"
-    return ""
-
-
-def _creator(spec: EnvSpec) -> Callable[..., Any]:
-    entry_point = spec.vector_entry_point
-    assert entry_point is not None
-    return entry_point if callable(entry_point) else load_env_creator(entry_point)
-
-
-def _make_native(label: str, spec: EnvSpec, config: EnvironmentsConfig) -> Seeded | Automatic:
-    with one_line_errors(f"{label}: cannot be made"):
-        if is_atari(spec):
-            options = atari_options(label, config, training=True)
-            check_options(label, atari_creator(), config.options, spec.kwargs)
-            return Games(spec.id, config.count, options)
-        options = dict(config.options)
-        if config.max_episode_steps is not None:
-            options["max_episode_steps"] = config.max_episode_steps
-        check_options(label, _creator(spec), options, spec.kwargs)
-        vector = gymnasium.make_vec(spec.id, num_envs=config.count, vectorization_mode="vector_entry_point", **options)
-    mode = vector.metadata.get("autoreset_mode")
-    if mode not in [known for member in AutoresetMode for known in (member, member.value)]:
-        raise UserError(
-            f"{label}: its vector environment has the autoreset mode {mode}, expected next-step, same-step or "
-            "disabled: `vectorization: sync` steps single ones"
-        )
-    if check_spaces(label, vector.single_observation_space, vector.single_action_space) != "as it is":
-        raise UserError(
-            f"{label}: its vector environment shows images (H, W, C): `vectorization: sync` transposes them"
-        )
-    limited = spec.max_episode_steps is not None or config.max_episode_steps is not None
-    return Automatic(label, vector, limited)
 
 
 def _tensor(array: NDArray[Any]) -> torch.Tensor:

@@ -212,7 +212,7 @@ class Film:
 def frames_per_second(environment: Any) -> float:
     """What the environment says of it, and the usual where it says nothing that could be."""
     said = (environment.metadata or {}).get("render_fps")
-    if isinstance(said, Real) and math.isfinite(said) and said > 0:
+    if isinstance(said, Real) and math.isfinite(said) and float(said) > 0:
         return float(said)
     if said is not None:
         logger.warning("render_fps is %r, so the film has %d frames per second", said, USUAL_FRAMES_PER_SECOND)
