@@ -283,27 +283,6 @@ def test_what_people_look_at_never_ends_a_run(
     assert newest_checkpoint(run)[0] == 2
 
 
-def test_what_was_learned_is_kept_where_metrics_cannot_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = replace(settings(tmp_path / "run", total_steps=64), checkpoint_every=50)
-    from tether.runs import Run
-
-    log = Run.log
-
-    def fail(self: Run, iteration: int, metrics: Any) -> None:
-        if iteration == 3:
-            raise OSError(28, "No space left on device")
-        log(self, iteration, metrics)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "log", fail)
-        with pytest.raises(OSError, match="No space"):
-            train(config)
-    assert newest_checkpoint(tmp_path / "run")[0] == 3
-    assert [row["iteration"] for row in read_metrics(train(config, resume=True))] == [1, 2, 4]
-
-
 def test_numbers_in_options_are_numbers(tmp_path: Path) -> None:
     (tmp_path / "world.py").write_text(
         "import json, pathlib\nfrom tests.control.zoo import Zoo\n\ndef make_env(a, b=0, c=0, d=0, e=0):\n"

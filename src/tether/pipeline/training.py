@@ -173,10 +173,7 @@ def train_in_folder(
             except BaseException as error:
                 with looks.at("unscored.jsonl"):
                     _keep_responses(folder, learner.iteration + 1, error)
-                if isinstance(error, Exception) and not learner.updating and learner.iteration > complete:
-                    # its metrics could not be written, but it was learned
-                    boundary, complete = _boundary(world), learner.iteration
-                # parameters and boundary are of one iteration unless its update was broken off, or Ctrl-C its logging
+                # parameters, boundary and logs are of one iteration unless its update or its logging was broken off
                 if not learner.updating and learner.iteration == complete > saved:
                     save()
                 if isinstance(error, SystemExit):
