@@ -140,7 +140,7 @@ def run_tether(
 
     def build(checkpoint: Path | None) -> tuple[ControlWorld, Learner]:
         world, learner = build_control(config, checkpoint)
-        set_threads(config, world)
+        set_threads(config, world.environments)
         step = world.environments.step
 
         def recorded(actions: Any) -> Any:

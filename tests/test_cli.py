@@ -21,6 +21,7 @@ import yaml
 
 from tests.models import make_model, make_tokenizer
 from tests.run_folders import assert_same_run
+from tether import cli
 from tether.cli import COMMANDS, main
 from tether.pipeline.control import ControlConfig
 from tether.pipeline.demo import DemoConfig
@@ -299,3 +300,13 @@ def test_wrong_use_of_ppo_is_one_line(
     assert message in said
     assert said.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_whatever_would_end_the_program_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "pop", cli._Command("", lambda words: sys.exit(0)))
+    assert main(["pop"]) == 2
+    said = capsys.readouterr().err
+    assert "tether: error: SystemExit (0) was raised in " in said
+    assert "test_cli.py, line" in said

@@ -20,7 +20,7 @@ NAMES = {path: str(path.relative_to(SOURCE)) for path in FILES}
 WORLDS = {"language", "control"}
 LEAVES = {
     *("errors", "yaml_file", "episode", "user_code", "devices", "pretrained", "memory", "uncertainty"),
-    *("adapter_folders", "chat", "positions", "tokens"),
+    *("adapter_folders", "chat", "positions", "random_states", "tokens"),
 }
 """What every room may import, since it imports none."""
 
@@ -45,6 +45,7 @@ BELOW: dict[str, set[str]] = {
     "memory": set(),
     "positions": set(),
     "pretrained": {"errors"},
+    "random_states": set(),
     "tokens": set(),
     "uncertainty": set(),
     "user_code": {"errors"},

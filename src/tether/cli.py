@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlencode
 
-from tether.errors import UserError
+from tether.errors import UserError, exited
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[0] not in COMMANDS:
             raise UserError(f"no command {words[0]!r}; expected one of {', '.join(COMMANDS)}")
         _quiet_libraries()
-        return COMMANDS[words[0]].run(words[1:])
+        return _run(words)
     except (UserError, FloatingPointError) as error:
         if debug:
             traceback.print_exc()
@@ -52,6 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _run(words: list[str]) -> int:
+    try:
+        return COMMANDS[words[0]].run(words[1:])
+    except SystemExit as error:
+        if {"-h", "--help"} & set(words):
+            raise
+        raise exited(error) from error
 
 
 def script() -> None:

@@ -25,10 +25,9 @@ from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_
 
 import tyro
 import tyro.constructors
-import yaml
 
 from tether.errors import UserError
-from tether.yaml_file import BOOLEANS, describe, dump_yaml, one_line, read_yaml
+from tether.yaml_file import BOOLEANS, describe, dump_yaml, one_line, parse_yaml, read_yaml
 
 ConfigT = TypeVar("ConfigT")
 
@@ -273,10 +272,7 @@ def _off(flag: str) -> str:
 
 
 def _mapping(words: list[str]) -> dict[Any, Any]:
-    try:
-        value = yaml.safe_load(words[0])
-    except yaml.YAMLError:
-        value = None
+    value = parse_yaml(words[0])
     if not isinstance(value, dict):
         raise ValueError(f"{words[0]!r} is no mapping")
     return value

@@ -1,10 +1,12 @@
-"""YAML files with a mapping at the top: read with errors of one line, written so that they come back equal.
+"""YAML with a mapping at the top: read with errors of one line, written so that it comes back equal.
 
-Knows nothing of what the fields mean.
+Numbers are those that people write: `1e-3`, `1.5e3`, `+.5` and `+inf` too, which YAML 1.1 takes for text; `010` is ten,
+and `12:30` and `2026-01-31` are text. Knows nothing of what the fields mean.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: byte {error.start} is not UTF-8, expected a YAML file") from None
     try:
-        data = _UniqueKeyLoader(text).get_single_data()
+        data = _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else str(file)
@@ -39,7 +41,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
         line = text.count("\n", 0, error.position) + 1
         raise UserError(f"{file}:{line}: not valid YAML: character {error.character!r} is not allowed") from None
     except (ValueError, KeyError, AttributeError) as error:
-        # What PyYAML lets through from values of the right form that do not exist: 2024-13-45, !!bool maybe.
+        # What PyYAML lets through from values of the right form that do not exist: !!bool maybe.
         raise UserError(f"{file}: not valid YAML: {one_line(str(error))}") from None
     except RecursionError:
         raise UserError(f"{file}: not valid YAML: nested too deeply") from None
@@ -48,6 +50,18 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{file}: the top level is {describe(data)}, expected a mapping of fields to values")
     return data
+
+
+def parse_yaml(text: str) -> Any:
+    """What a piece of YAML says, such as the value of a flag.
+
+    Raises:
+        ValueError: it is no YAML, or says something twice.
+    """
+    try:
+        return _Loader(text).get_single_data()
+    except (yaml.YAMLError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(one_line(str(error))) from error
 
 
 def dump_yaml(data: Mapping[str, Any]) -> str:
@@ -73,8 +87,26 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML lets the last of two equal keys win without a word."""
+_INTEGER = re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0o[0-7_]+|[0-9][0-9_]*)$")
+_FLOAT = re.compile(
+    r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$"
+    r"|[-+]?\.?(?:inf|Inf|INF)$|[-+]?(?:infinity|Infinity)$|\.(?:nan|NaN|NAN)$"
+)
+_TAG = "tag:yaml.org,2002:"
+_OTHERWISE = {f"{_TAG}{name}" for name in ("int", "float", "timestamp")}  # PyYAML's, of YAML 1.1
+
+
+class _Loader(yaml.SafeLoader):
+    """Numbers as people write them; PyYAML would let the last of two equal keys win without a word."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's
+        first: [(tag, form) for tag, form in forms if tag not in _OTHERWISE]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = str(self.construct_scalar(node)).replace("_", "")
+        return int(text, 0) if text.lstrip("+-")[1:2].isalpha() else int(text)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -95,3 +127,7 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 
 _ExactDumper.add_representer(str, _represent_text)
+for _class in (_Loader, _ExactDumper):  # the dumper quotes text that would be read as a number
+    _class.add_implicit_resolver(f"{_TAG}int", _INTEGER, list("-+0123456789"))
+    _class.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789.iI"))
+_Loader.add_constructor(f"{_TAG}int", _Loader.construct_yaml_int)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import random
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -504,3 +505,34 @@ def test_a_function_from_a_file_is_found_from_anywhere(tmp_path: Path, monkeypat
         assert envs.reset().shape == (1, 4)
     with make("envs:FromAFile-v0", count=1) as envs:
         assert envs.reset().shape == (1, 4)
+
+
+# Worker processes -------------------------------------------------------------------------------------------
+
+
+class Global(Count):
+    """Draws from every generator that a process has."""
+
+    def _show(self) -> NDArray[Any]:
+        drawn = np.random.normal() + random.random() + float(torch.rand(()))  # noqa: NPY002
+        return np.array([self.time, drawn], dtype=np.float32)
+
+
+def global_env() -> gymnasium.Env[Any, Any]:
+    return Global()
+
+
+def test_each_worker_has_global_random_numbers_of_its_own_and_the_same_after_resume() -> None:
+    config: dict[str, Any] = {"env": f"{HERE}:global_env", "count": 3, "vectorization": "async"}
+    before = torch.get_rng_state()
+    with make(**config) as envs, make(**config) as other, make(seed=2, **config) as third:
+        starts = envs.reset()[:, 1].tolist()
+        assert len(set(starts)) == 3
+        assert other.reset()[:, 1].tolist() == starts
+        assert not set(starts) & set(third.reset()[:, 1].tolist())
+        for _ in range(4):
+            envs.step(np.zeros(3))
+        assert other.load_state_dict(envs.state_dict())
+        for _ in range(4):
+            assert same(envs.step(np.zeros(3)), other.step(np.zeros(3)))
+    assert torch.equal(before, torch.get_rng_state())

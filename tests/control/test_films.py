@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import imageio.v3 as imageio
@@ -169,3 +170,56 @@ def test_what_cannot_be_filmed_is_told_before_the_run_begins(
     assert main([*native, "--environments.vectorization", "native"]) == 2
     assert "collect.film_every: `CartPole-v1` is stepped by its own vector environment" in capsys.readouterr().err
     assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("frames", "expected"),
+    [
+        ([np.full((4, 6), 7)], (1, 4, 6, 3)),
+        ([np.full((4, 6, 1), 7)], (1, 4, 6, 3)),
+        ([np.full((4, 6, 4), 7)], (1, 4, 6, 3)),
+        ([np.full((4, 6, 3), 7), np.full((9, 5, 3), 7)], (2, 9, 6, 3)),
+    ],
+    ids=["flat", "grey", "transparent", "resized"],
+)
+def test_unusual_frames_make_a_film(frames: list[NDArray[Any]], expected: tuple[int, ...]) -> None:
+    shown = iter(frames)
+    environment: Any = SimpleNamespace(render=lambda: next(shown).astype(np.uint8))
+    together = films.of_one_size([films.render(environment, "") for _ in frames])
+    assert together.shape == expected
+    assert (together[0, :4, :5] == 7).all()
+    assert (together[-1] == 7).sum() == 3 * frames[-1].shape[0] * frames[-1].shape[1]
+
+
+def test_a_frame_is_a_copy() -> None:
+    buffer = np.zeros((4, 4, 3), np.uint8)
+    frame = films.render(SimpleNamespace(render=lambda: buffer), "")
+    buffer[...] = 9
+    assert not frame.any()
+
+
+@pytest.mark.parametrize("said", [None, 0, -3, float("nan"), "fast", 20, 20.5])
+def test_the_speed_of_a_film_is_the_environments_where_it_is_one(said: Any) -> None:
+    usual = films.USUAL_FRAMES_PER_SECOND
+    found = films.frames_per_second(SimpleNamespace(metadata={"render_fps": said}))
+    assert found == (said if said in (20, 20.5) else usual)
+
+
+def test_a_film_that_fails_on_the_way_leaves_what_it_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    film = films.Film(str(tmp_path / "film.gif"))
+    frames = iter([np.zeros((4, 4, 3), np.uint8), np.ones((4, 4, 3), np.uint8)])
+    environment: Any = SimpleNamespace(metadata={}, render=lambda: next(frames))  # StopIteration after two
+    film.roll()
+    for begins in (True, False, False, False, True):
+        film(environment, begins)
+    with caplog.at_level(logging.WARNING):
+        assert film.finish()
+    assert "the film ends early" in caplog.text
+    assert len(imageio.imread(tmp_path / "film.gif")) == 2
+
+
+def test_a_film_that_cannot_begin_is_refused(tmp_path: Path) -> None:
+    film = films.Film(str(tmp_path / "film.gif"))
+    film.roll()
+    with pytest.raises(UserError, match="render returned NoneType"):
+        film(SimpleNamespace(metadata={}, render=lambda: None), True)

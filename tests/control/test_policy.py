@@ -477,3 +477,26 @@ def test_the_likeliest_actions_are_the_first_of_all_sorted_by_their_probability(
 
 def test_continuous_actions_have_no_likeliest_ones() -> None:
     assert make_policy(FORCES).likeliest(torch.zeros(2, 4), 5) is None
+
+
+@pytest.mark.parametrize(
+    ("high", "divided"),
+    [(1, 1.0), (2, 1.0), (255, 255.0), (np.array([1, 255, 7], np.uint8), np.array([1, 255, 1], np.float32))],
+    ids=["one-hot", "board", "bytes", "some bytes"],
+)
+def test_bytes_of_a_vector_are_scaled_and_other_small_numbers_are_what_they_say(high: Any, divided: Any) -> None:
+    space = spaces.Box(np.zeros(3, np.uint8), np.broadcast_to(np.uint8(high), (3,)), dtype=np.uint8)
+    floats = spaces.Box(-1, 1, (3,), np.float32)
+    numbers = np.array([[0, 1, 1], [1, 0, 1]], np.uint8)
+    policies = [ControlPolicy(one, spaces.Discrete(2), NetworkConfig((4,))) for one in (space, floats)]
+    scaled = torch.from_numpy((numbers / divided).astype(np.float32))
+    assert torch.allclose(policies[0].values(torch.from_numpy(numbers)), policies[1].values(scaled), atol=1e-6)
+    assert policies[0].state_dict().keys() == policies[1].state_dict().keys()
+
+
+@pytest.mark.parametrize("high", [1, 3, 255])
+def test_pictures_end_at_one_whatever_their_bound(high: int) -> None:
+    spaces_of = [spaces.Box(0, bound, (1, 36, 36), np.uint8) for bound in (high, 255)]
+    pictures = [torch.full((1, 1, 36, 36), bound, dtype=torch.uint8) for bound in (high, 255)]
+    found = [ControlPolicy(s, spaces.Discrete(2)).values(p) for s, p in zip(spaces_of, pictures, strict=True)]
+    assert torch.allclose(*found)

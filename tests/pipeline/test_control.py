@@ -23,18 +23,18 @@ from tests.run_folders import checkpoint_files, episode_rows, metric_lines, newe
 
 from tether.cli import main
 from tether.config import dump_config, load_config
-from tether.control.environments import EnvironmentsConfig, make_environment
+from tether.control.environments import Environments, EnvironmentsConfig, make_environment
 from tether.control.world import ControlCollectConfig
 from tether.errors import UserError
 from tether.pipeline.control import (
     ControlConfig,
     ControlEvalConfig,
     ControlEvaluation,
-    Player,
     _device,
     _show,
     build_control,
     evaluate_control,
+    load_actor,
     train_control,
 )
 from tether.ppo import AdvantageConfig, LearnerConfig
@@ -434,22 +434,27 @@ def test_returns_below_one_keep_their_digits_and_success_has_its_interval() -> N
 def test_an_evaluation_is_episodes_played_by_hand_with_frozen_statistics(whole: Callable[[str], Path]) -> None:
     run = whole("sync")
     config = load_config(ControlConfig, ["--config", str(run / "config.yaml")], "", "")
-    player = Player.load(config, newest_checkpoint(run)[1])
+    with Environments.to_try(config.env, config.environments, 2) as environments:
+        player = load_actor(config, environments, newest_checkpoint(run)[1])
     assert player.normaliser is not None
     statistics = player.normaliser.state_dict()
+    policy: Any = player.policy
     returns, lengths = [], []
     with closing(make_environment(config.env, config.environments)) as env:
         for episode in range(6):
-            seen, _ = env.reset(seed=2 if episode == 0 else None)
+            # of episode k in environment 0, as in training
+            seed = int(np.random.SeedSequence(2, spawn_key=(0, episode)).generate_state(1)[0]) >> 1
+            seen, _ = env.reset(seed=seed)
             rewards: list[float] = []
             over = False
             while not over:
                 normalised = (seen - statistics["mean"].numpy()) / np.sqrt(
                     statistics["squares"].numpy() / statistics["count"] + 1e-8
                 )
-                features = player.policy.trunk(torch.tensor(normalised[None], dtype=torch.float32))
-                assert player.act(seen) == player.policy.head.linear(features).argmax()
-                seen, reward, terminated, truncated, _ = env.step(player.act(seen))
+                features = policy.trunk(torch.tensor(normalised[None], dtype=torch.float32))
+                action = player.act(player.see(seen[None]), None)[1][0]
+                assert action == policy.head.linear(features).argmax()
+                seen, reward, terminated, truncated, _ = env.step(action)
                 rewards.append(float(reward))
                 over = terminated or truncated
             returns.append(sum(rewards))
@@ -519,7 +524,7 @@ def test_a_policy_is_not_tried_on_numbers_that_are_none(
     (tmp_path / "checkpoints").symlink_to(whole("sync") / "checkpoints")
     broken = replace(config, environments=EnvironmentsConfig(options={"broken": "nan"}))
     (tmp_path / "config.yaml").write_text(dump_config(broken))
-    with pytest.raises(UserError, match="step 1 of episode 1: found nan or inf"):
+    with pytest.raises(UserError, match=r"step 1 of its episode: observation\[0\] is nan"):
         evaluate_control(ControlEvalConfig(str(tmp_path), 1))
 
 

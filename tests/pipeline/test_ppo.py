@@ -322,14 +322,13 @@ def test_an_update_that_diverges_leaves_the_last_checkpoint_as_it_was(
     assert_same_run(run, whole.folder)
 
 
-@pytest.mark.parametrize("method", ["log", "log_episodes"])
-def test_an_iteration_that_is_not_logged_whole_is_not_saved(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_iteration_whose_metrics_are_not_logged_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its update is done, but a checkpoint of it would know more than the logs: the run goes on from the one before."""
     config = settings(tmp_path, iterations=5)
     whole = train_ppo(replace(config, output=str(tmp_path / "whole")), parts(reward=failing_at(99)))
-    original = getattr(Run, method)
+    original = Run.log
 
     def full_disk(run: Run, iteration: int, numbers: Any) -> None:
         if iteration == 4:
@@ -337,7 +336,7 @@ def test_an_iteration_that_is_not_logged_whole_is_not_saved(
         original(run, iteration, numbers)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Run, method, full_disk)
+        patched.setattr(Run, "log", full_disk)
         with pytest.raises(UserError, match="no space left"):
             train_ppo(config, parts(reward=failing_at(99)))
     assert newest_checkpoint(tmp_path / "run")[0] == 2

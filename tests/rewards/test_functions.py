@@ -391,8 +391,14 @@ def test_any_exception_becomes_a_reward_error(error: BaseException) -> None:
     async def reward_async(**_: Any) -> Any:
         raise RuntimeError("broken") from error
 
+    async def raised_async(**_: Any) -> Any:
+        raise error
+
     with pytest.raises(RewardError, match=f"reward `reward` raised {type(error).__name__}"):
         score(reward)
+    if not isinstance(error, StopIteration):  # which Python itself turns into another in a coroutine
+        with pytest.raises(RewardError, match=f"reward `raised_async` raised {type(error).__name__}"):
+            score(raised_async)
     with pytest.raises(RewardError, match="reward `reward_async` raised RuntimeError: broken"):
         score(reward_async)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
+import unicodedata
 from contextlib import closing
 from pathlib import Path
 
@@ -121,7 +124,7 @@ def test_answers_are_flushed_to_the_disk(file: Path) -> None:
         settings = [
             labels._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")
         ]
-    assert settings == ["wal", 2]  # 2: FULL, which syncs the log at every commit
+    assert settings == ["delete", 2]  # 2: FULL, which syncs at every commit
 
 
 def test_two_writers_wait_for_each_other(file: Path) -> None:
@@ -168,3 +171,68 @@ def test_a_file_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path: 
     with pytest.raises(UserError, match="nowhere"):
         create_labels(tmp_path / "nowhere" / "x.labels.db", {}, [NewPair("q", "a", "b")])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_set_at_rest_is_one_file_whoever_closes_it_last(file: Path, tmp_path: Path) -> None:
+    reader = LabelSet(file)
+    reader.count()
+    with LabelSet(file, writable=True) as labels:
+        labels.answer("ann", 1, "tie")
+        assert reader.done("ann") == 1
+    reader.close()
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    copy = tmp_path / "copy.labels.db"
+    copy.write_bytes(file.read_bytes())
+    with LabelSet(copy) as labels:
+        assert len(labels.answers()) == 1
+
+
+def test_the_log_of_an_earlier_version_is_brought_into_the_file(file: Path) -> None:
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+    reader = LabelSet(file)
+    reader.count()
+    with LabelSet(file, writable=True) as labels:
+        labels.answer("ann", 1, "tie")
+    assert file.with_name(f"{file.name}-wal").exists()
+    reader.close()
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    with LabelSet(file) as labels:
+        assert len(labels.answers()) == 1
+
+
+def test_the_journal_of_a_writer_that_was_killed_is_undone_for_readers(file: Path) -> None:
+    source = """
+import os, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA cache_size = 1")
+connection.execute("BEGIN")
+for _ in range(50):
+    connection.execute("INSERT INTO pairs (prompt, a, b) VALUES ('x', ?, 'y')", ("z" * 5000,))
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", source, str(file)], check=True)
+    assert file.with_name(f"{file.name}-journal").stat().st_size
+    with LabelSet(file) as labels:
+        assert labels.count() == 5
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_one_person_under_two_spellings_is_one(file: Path) -> None:
+    composed, apart = unicodedata.normalize("NFC", "José"), unicodedata.normalize("NFD", "José")
+    with LabelSet(file, writable=True) as labels:
+        labels.answer(apart, 1, "tie")
+        labels.answer(f" {composed} ", 1, "skip")
+        assert [(answer.annotator, answer.answer) for answer in labels.answers()] == [(composed, "skip")]
+        assert labels.done(apart) == labels.done(composed) == 1
+        # as an earlier version kept it
+        labels._connection.execute(
+            "INSERT INTO answers SELECT 1, ?, 'tie', 'a', NULL, 0, 99 FROM answers LIMIT 1", (apart,)
+        )
+        assert [(answer.annotator, answer.answer) for answer in labels.answers()] == [(composed, "tie")]
+        assert [row["annotator"] for row in labels.preferences()] == [composed]
+        shown = labels.next_pair(apart)
+        assert shown is not None
+        assert shown.id == 2
+        assert labels.undo(composed) == 1
+        assert labels.done(composed) == 0

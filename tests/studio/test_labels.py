@@ -237,3 +237,19 @@ def test_five_hundred_labels_of_two_people_become_a_reward_model(tmp_path: Path)
     evaluation = json.loads((tmp_path / "judge" / "evaluation.json").read_text())
     assert evaluation
     assert (tmp_path / "judge" / "model").is_dir()
+
+
+def test_who_has_almost_the_name_of_another_is_asked(tmp_path: Path) -> None:
+    asking = make_set(tmp_path)
+    assert following(asking, "José")["near"] == []
+    say(asking, 1, "tie", "José")
+    say(asking, 2, "tie", "Jose\u0301")
+    say(asking, 1, "tie", "Ann 1")
+    for name in ("jose", "JOSÉ", "Jo-se"):
+        assert following(asking, name)["near"] == [{"name": "José", "done": 2}]
+    for name in ("José", "Jose\u0301", "Josef", "Ann 2", "!"):
+        assert following(asking, name)["near"] == []
+    say(asking, 1, "left", "jose")  # who says that they are another may go on
+    assert following(asking, "jose")["near"] == []
+    agreed = asking.get("/api/labels/agreement", params={"set": SET}).json()
+    assert [one["name"] for one in agreed["annotators"]] == ["Ann 1", "José", "jose"]

@@ -148,7 +148,7 @@ def test_metrics_since_an_iteration_and_by_name(tmp_path: Path) -> None:
     assert whole["rows"][0] == {"iteration": 1, **row(1)}
     some = asking.get("/api/metrics", params={"run": "run", "since": 2, "names": "score,kl,nothing"}).json()
     assert some["rows"] == [{"iteration": i, "score": i / 10, "kl": 0.5} for i in (3, 4)]
-    assert asking.get("/api/metrics", params={"run": "run", "since": 4}).json() == {"rows": [], "last": 4}
+    assert asking.get("/api/metrics", params={"run": "run", "since": 4}).json() == whole | {"rows": []}
 
 
 def test_a_runs_page(tmp_path: Path) -> None:
@@ -243,3 +243,40 @@ def test_a_page_hears_of_what_changes_and_of_nothing_else(tmp_path: Path, monkey
     assert [line for line in heard[None] if "event" in line] == said
     assert not any("event" in line for line in heard["other"])
     assert any(line.startswith(":") for line in heard["other"][1:])  # so that the connection is not given up
+
+
+def test_runs_are_found_beside_many_folders_and_what_is_left_out_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "MOST_FOLDERS", 20)
+    monkeypatch.setattr(runs, "PAUSE", 0.0)
+    make_run(tmp_path / "z")
+    asking = client(tmp_path)
+    assert asking.get("/api/runs").json()["left_out"] is None
+    for number in range(30):
+        (tmp_path / "images" / str(number)).mkdir(parents=True)
+    make_run(tmp_path / "images" / "9" / "deep")
+    told = asking.get("/api/runs").json()
+    assert [run["run"] for run in told["runs"]] == ["z"]
+    assert "The 20 nearest folders" in told["left_out"]
+    assert "tether studio FOLDER" in asking.get("/api/labels").json()["left_out"]
+
+
+def test_a_run_that_was_done_again_is_known_by_its_bytes(tmp_path: Path) -> None:
+    """The file keeps its number in the file system, and has grown past where it was read to."""
+    folder = make_run(tmp_path / "run", iterations=3)
+    asking = client(tmp_path)
+    first = asking.get("/api/metrics", params={"run": "run"}).json()
+    file = folder / "metrics.jsonl"
+    with file.open("ab") as stream:
+        stream.write(b'{"iteration": 4, "score": 0.5}\n')
+    longer = asking.get("/api/metrics", params={"run": "run"}).json()
+    assert (longer["edition"], longer["last"]) == (first["edition"], 4)
+    lines = [json.dumps({"iteration": i, "score": -i, "time/iteration": i / 7}) for i in range(1, 30)]
+    inode = file.stat().st_ino
+    with file.open("r+b") as stream:
+        stream.write("".join(f"{line}\n" for line in lines).encode())
+    assert file.stat().st_ino == inode
+    again = asking.get("/api/metrics", params={"run": "run"}).json()
+    assert [row["score"] for row in again["rows"]] == [-i for i in range(1, 30)]
+    assert again["edition"] != first["edition"]

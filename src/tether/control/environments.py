@@ -1,52 +1,41 @@
 """Several environments stepped together, whatever steps them: one interface over gymnasium's vector environments.
 
 Knows how episodes are begun, ended and resumed, and what is wrong with the numbers that come back; `making.py` knows
-how one environment is made. Nothing here knows of policies or learning.
+how one environment is made, `together.py` how several are. Nothing here knows of policies or learning.
 
 N = environments, *obs = shape of an observation.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
-from gymnasium.envs.registration import EnvSpec, load_env_creator
-from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from tether.control.atari import atari_creator, atari_options, is_atari
-from tether.control.loading import one_line_errors
-from tether.control.making import (
-    EnvironmentsConfig,
-    Source,
-    build,
-    check_options,
-    check_spaces,
-    find_source,
-    make_environment,
-    takes_options,
-    wrap,
-)
-from tether.control.vectors import Automatic, Games, Loop, Seeded, Workers
+from tether.control.automatic import Automatic
+from tether.control.kept import States, merged, to_arrays, to_tensors
+from tether.control.making import EnvironmentsConfig, build, find_source, make_environment, wrap
+from tether.control.together import Kind, in_a_loop, make_together, place_of
+from tether.control.vectors import Seeded
+from tether.control.wrappers import Watched
 from tether.errors import UserError
 
-__all__ = ["Environments", "EnvironmentsConfig", "Step", "make_environment"]
-
-Kind = Literal["native", "sync", "async"]
+__all__ = ["Environments", "EnvironmentsConfig", "Step", "make_environment", "tell_now_and_then"]
 
 logger = logging.getLogger(__name__)
 
 _LOG_SLACK = 1024  # actions of ended episodes that are kept before they are dropped together
+_TOLD_EVERY = 10.0  # seconds between two lines about work that takes long
 
 
 @dataclass(frozen=True)
@@ -81,10 +70,15 @@ class Environments:
 
     In `sync` and `async` environments and in Atari games every episode has a seed of its own, that of episode k in
     environment i a function of (seed, i, k): what happens in it depends on its seed and its actions alone. Other
-    native environments have one random generator for all, seeded once.
+    native environments have one random generator for all, seeded once. In `async` ones the global generators of each
+    process are begun from the same seed.
+
+    Where there is no time limit, episodes are cut off after `config.longest_episode` actions. What wrappers of the
+    user's own gather from episode to episode is part of the state where it can be kept, see `kept`.
 
     Attributes:
         count: N.
+        label: what messages call them.
         kind: what steps them.
         observation_space: of one environment: a vector (n,), or an image (C, H, W) of uint8.
         action_space: of one environment: Discrete, MultiDiscrete, or a Box (A,) of floats.
@@ -101,7 +95,38 @@ class Environments:
 
     def __init__(self, env: str, config: EnvironmentsConfig, seed: int) -> None:
         source = find_source(env)
-        self._set_up(source.label, *_make(source, config), config.count, seed)
+        self._set_up(source.label, *make_together(source, config, seed), config, seed)
+
+    @classmethod
+    def to_try(
+        cls, env: str, config: EnvironmentsConfig, seed: int, watch: Callable[[Any, bool], None] | None = None
+    ) -> Environments:
+        """One environment to try a policy in: whole games, rewards as they are, statistics of wrappers frozen.
+
+        Args:
+            env: see `make_environment`.
+            config: of the training; `count` and `vectorization` do not matter.
+            seed: of the episodes.
+            watch: given the environment, which renders, and whether an episode has just begun, after each reset and
+                each step.
+
+        Raises:
+            UserError: it cannot be found, made, used or, with `watch`, rendered.
+        """
+        source = find_source(env)
+        only_native = source.spec is not None and source.spec.entry_point is None
+        config = replace(config, count=1, vectorization="native" if only_native else "sync")
+        if only_native and watch is not None:
+            raise UserError(f"{source.label}: has only a vector environment, whose episodes cannot be filmed")
+        environments = cls.__new__(cls)
+        if only_native:
+            made = make_together(source, config, seed)
+        else:
+            single = build(source, config, None if watch is None else "rgb_array", training=False)
+            made = "sync", in_a_loop(source.label, [single if watch is None else Watched(single, watch)])
+        environments._set_up(source.label, *made, config, seed)
+        environments._vector.freeze()
+        return environments
 
     @classmethod
     def of(cls, envs: Sequence[gymnasium.Env[Any, Any]], seed: int) -> Environments:
@@ -124,22 +149,27 @@ class Environments:
                 raise UserError(f"environment {index} is a {type(env).__name__}, expected a gymnasium.Env")
         label = f"environment `{type(envs[0].unwrapped).__name__}`"
         config = EnvironmentsConfig(count=len(envs), vectorization="sync")
-        checked = [wrap(env, config, label, _place(config, index)) for index, env in enumerate(envs)]
+        checked = [wrap(env, config, label, place_of(config, index)) for index, env in enumerate(envs)]
         environments = cls.__new__(cls)
-        environments._set_up(label, "sync", _loop(label, checked), len(envs), seed)
+        environments._set_up(label, "sync", in_a_loop(label, checked), config, seed)
         return environments
 
-    def _set_up(self, label: str, kind: Kind, vector: Seeded | Automatic, count: int, seed: int) -> None:
-        self.count = count
+    def _set_up(
+        self, label: str, kind: Kind, vector: Seeded | Automatic, config: EnvironmentsConfig, seed: int
+    ) -> None:
+        self.count = config.count
         self.kind, self._vector = kind, vector
         self.observation_space = self._vector.observation_space
         self.action_space = self._vector.action_space
         self.observations: NDArray[Any] | None = None
         self.seeds: NDArray[np.int64] | None = None
-        self._label = label
+        self.label = label
         self._seed = seed
         self._episodes = np.zeros(self.count, dtype=np.int64)  # begun so far
         self._lengths = np.zeros(self.count, dtype=np.int64)  # steps of the running ones
+        self._longest = 0  # of them, or more
+        self._limit = None if vector.limited else config.longest_episode
+        self._cut = False  # an episode was cut off there
         self._log: list[NDArray[Any]] = []  # the latest actions of all, as far back as a running episode began
         self._all = np.ones(self.count, dtype=np.bool_)
         self._all.setflags(write=False)  # handed out with every step
@@ -176,9 +206,12 @@ class Environments:
             return self._step_automatic(self._vector, actions)
         observations, rewards, terminated, truncated, success = self._vector.step(actions)
         self._lengths += 1
+        self._longest += 1
         self._check_finite(observations, rewards)
         self._log.append(actions)
         successors = observations
+        if self._limit is not None and self._longest >= self._limit:
+            truncated = self._cut_off(truncated)
         ended = terminated | truncated
         if ended.any():
             truncated = truncated & ~terminated
@@ -190,7 +223,11 @@ class Environments:
         valid = ~vector.pending if vector.pending.any() else self._all
         observations, rewards, terminated, truncated, successors, success = vector.step(actions)
         self._lengths += valid
+        self._longest += 1
         self._check_finite(successors, rewards)
+        if self._limit is not None and self._longest >= self._limit:
+            # of it alone: the environment goes on, and what it does next counts as another episode
+            truncated = self._cut_off(truncated)
         ended = terminated | truncated
         if ended.any():
             truncated = truncated & ~terminated
@@ -200,12 +237,27 @@ class Environments:
         self.observations = observations
         return Step(observations, rewards, terminated, truncated, successors, valid, success)
 
+    def _cut_off(self, truncated: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """(N,) truncated, also where an episode is as long as one may be."""
+        self._longest = int(self._lengths.max())
+        over = self._lengths >= (self._limit or 0)
+        if over.any() and not self._cut:
+            self._cut = True
+            logger.warning(
+                "%s: an episode had not ended after %s steps and was cut off, as by a time limit; "
+                "environments.longest_episode says after how many",
+                self.label,
+                f"{self._limit:,}",
+            )
+        return truncated | over
+
     def _begin(self, mask: NDArray[np.bool_]) -> NDArray[Any]:
         """Begin the next episode where `mask` (N,) is True; the observations (N, *obs) of all."""
         seeds = [self._seed_of(index) if begins else 0 for index, begins in enumerate(mask.tolist())]
         self._episodes += mask
         self._lengths[mask] = 0
-        spare = len(self._log) - int(self._lengths.max())
+        self._longest = int(self._lengths.max())
+        spare = len(self._log) - self._longest
         if spare > _LOG_SLACK:
             del self._log[:spare]
         vector = self._vector
@@ -240,7 +292,7 @@ class Environments:
         which = f"[{', '.join(map(str, component))}]" if component else ""
         place = f", index {index}" if self.count > 1 else ""
         raise UserError(
-            f"{self._label}{place}, {when}: {what}{which} is {values[tuple(places[0])]}, expected a finite number"
+            f"{self.label}{place}, {when}: {what}{which} is {values[tuple(places[0])]}, expected a finite number"
         )
 
     # Resume ---------------------------------------------------------------------------------------------------
@@ -252,7 +304,9 @@ class Environments:
         length of episodes: one that never ends is remembered from its first action. Of other native environments:
         their arrays, numbers and random generator, where that is all that they are made of.
         """
+        gathered = self._vector.gathered()
         state: dict[str, Any] = {
+            "wrappers": to_tensors(gathered) if any(now for _, now in gathered) else [],
             "count": self.count,
             "seed": str(self._seed),
             "episodes": torch.from_numpy(self._episodes.copy()),
@@ -281,15 +335,19 @@ class Environments:
         """
         if state["count"] != self.count:
             raise UserError(
-                f"{self._label}: the saved state is of {state['count']} environments, the configuration says "
+                f"{self.label}: the saved state is of {state['count']} environments, the configuration says "
                 f"count {self.count}: resume with the same count"
             )
         self._seed = int(state["seed"])
         self._episodes = state["episodes"].numpy().copy()
         self._log = []
+        gathered: list[tuple[States, States]] = to_arrays(state.get("wrappers", []))
+        before, now = [first for first, _ in gathered], [last for _, last in gathered]
         if state["observations"] is None:
+            self._bring(now, self._all)
             self.observations = None
             self._lengths[:] = 0
+            self._longest = 0
             return True
         seen = state["observations"].numpy()
         if state["form"] != ("attributes" if isinstance(self._vector, Automatic) else "actions"):
@@ -297,39 +355,70 @@ class Environments:
         elif isinstance(self._vector, Automatic):
             if state["attributes"] is not None and self._vector.snapshot() is not None:
                 self._vector.restore(state["attributes"])
+                self._bring(now, self._all)
                 self._lengths = state["lengths"].numpy().copy()
+                self._longest = int(self._lengths.max())
                 self.observations = seen.copy()
                 return True
             reason = "this native environment keeps a state that cannot be saved; `vectorization: sync` resumes exactly"
         else:
-            self._replay(state["actions"].numpy(), state["lengths"].numpy())
+            self._replay(state["actions"].numpy(), state["lengths"].numpy(), before)
             assert self.observations is not None
             if np.array_equal(self.observations, seen) and self.observations.dtype == seen.dtype:
                 return True
             reason = "the same seeds and actions led to other observations, so it depends on something else too"
-        logger.warning("%s: its episodes cannot be resumed, new ones begin: %s", self._label, reason)
+        logger.warning("%s: its episodes cannot be resumed, new ones begin: %s", self.label, reason)
+        self._bring(now, self._all)
         self.reset()
         return False
 
-    def _replay(self, actions: NDArray[Any], lengths: NDArray[np.int64]) -> None:
+    def _replay(self, actions: NDArray[Any], lengths: NDArray[np.int64], before: list[States]) -> None:
         """Do `actions` (T, N, …) again so that every episode has its length at the end.
 
         Episode i begins T - lengths[i] steps later than the longest. What its environment does until then is of no
-        matter: an earlier episode's actions, reset where they end.
+        matter: an earlier episode's actions, reset where they end. Each begins with what its wrappers had gathered
+        `before` it.
         """
         assert not isinstance(self._vector, Automatic)
         seeds = [self._seed_of(index, before=1) for index in range(self.count)]
         begins = len(actions) - lengths
         self.seeds = np.array(seeds)
+        self._bring(before, self._all)
         self.observations = self._vector.reset(seeds, self._all)
-        for time, action in enumerate(actions):
+        tell = tell_now_and_then()
+        for number, action in enumerate(actions):
             observations, _, terminated, truncated, _ = self._vector.step(action)
-            again = (begins == time + 1) | terminated | truncated
+            again = (begins == number + 1) | terminated | truncated
             if again.any():
+                if before:
+                    self._bring(before, again)
                 observations = self._vector.reset(seeds, again)
             self.observations = observations
+            tell("%s of %s steps of the running episodes done again", number + 1, len(actions))
         self._lengths = lengths.copy()
+        self._longest = len(actions)
         self._log = list(actions)
+
+    def bring_gathered(self, state: dict[str, Any]) -> None:
+        """Only what wrappers of the user's own had gathered when `state_dict` gave this, of all environments together.
+
+        A warning says which wrapper has nothing to go on from.
+        """
+        gathered: list[tuple[States, States]] = to_arrays(state.get("wrappers", []))
+        together = merged([now for _, now in gathered])
+        self._bring([together] * self.count, self._all)
+
+    def _bring(self, states: list[States], mask: NDArray[np.bool_]) -> None:
+        if len(states) != self.count:
+            states = [states[0] if states else []] * self.count
+        vector = self._vector
+        lines = vector.bring(states) if isinstance(vector, Automatic) else vector.bring(states, mask)
+        for line in dict.fromkeys(lines):
+            logger.warning("%s: %s", self.label, line)
+
+    def digests(self) -> list[dict[str, str]]:
+        """Of each environment, a digest of each attribute of its wrappers that `state_dict` does not hold."""
+        return self._vector.digests()
 
     def close(self) -> None:
         """Close every environment and end its worker process; the second time nothing."""
@@ -344,90 +433,17 @@ class Environments:
         self.close()
 
 
-def _make(source: Source, config: EnvironmentsConfig) -> tuple[Kind, Seeded | Automatic]:
-    kind = config.vectorization
-    reason = _not_native(source, config)
-    if kind == "native" and reason:
-        raise UserError(
-            f"{source.label}: cannot be stepped natively: {reason}; expected `vectorization: sync` or async"
-        )
-    if kind in ("auto", "native") and not reason:
-        assert source.spec is not None
-        return "native", _make_native(source.label, source.spec, config)
-    makers = [functools.partial(_make_one, source.name, config, index) for index in range(config.count)]
-    if kind == "async":
-        return "async", Workers(source.label, makers)
-    return "sync", _loop(source.label, [make() for make in makers])
+def tell_now_and_then() -> Callable[..., None]:
+    """A function that logs a text with numbers in it, but not before ten seconds, nor more often than every ten."""
+    last = time.monotonic()
 
+    def tell(text: str, *numbers: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _TOLD_EVERY:
+            last = time.monotonic()
+            logger.info(text, *(f"{number:,}" for number in numbers))
 
-def _loop(label: str, envs: list[gymnasium.Env[Any, Any]]) -> Loop:
-    for index, env in enumerate(envs):
-        if any(env.unwrapped is other.unwrapped for other in envs[:index]):
-            raise UserError(f"{label}: returned the same environment twice, expected a new one from every call")
-        if env.observation_space != envs[0].observation_space or env.action_space != envs[0].action_space:
-            raise UserError(
-                f"{label}: environments 0 and {index} have different spaces, expected the same for all: "
-                f"{env.observation_space}, {env.action_space}"
-            )
-    return Loop(envs)
-
-
-def _make_one(env: str, config: EnvironmentsConfig, index: int) -> gymnasium.Env[Any, Any]:
-    """One of several. A worker process finds the environment itself: a function from a file cannot be sent to it."""
-    return build(find_source(env), config, training=True, place=_place(config, index))
-
-
-def _place(config: EnvironmentsConfig, index: int) -> str:
-    return f", index {index}" if config.count > 1 else ""
-
-
-def _not_native(source: Source, config: EnvironmentsConfig) -> str:
-    """Why no native environment can do what is asked; empty where one can."""
-    spec = source.spec
-    if spec is None or spec.vector_entry_point is None:
-        return "it brings no vector environment"
-    if is_atari(spec):
-        return ""
-    if config.action_repeat > 1 or config.frame_stack > 1:
-        return "action_repeat and frame_stack are for single environments"
-    if spec.additional_wrappers:
-        return "its id has wrappers for single environments"
-    if config.vectorization == "auto" and spec.entry_point is not None:
-        asked = {**config.options, **({} if config.max_episode_steps is None else {"max_episode_steps": 1})}
-        with one_line_errors(f"{source.label}: cannot be made"):
-            if not takes_options(_creator(spec), asked):
-                return "its vector environment does not take these options"
-    return ""
-
-
-def _creator(spec: EnvSpec) -> Callable[..., Any]:
-    entry_point = spec.vector_entry_point
-    assert entry_point is not None
-    return entry_point if callable(entry_point) else load_env_creator(entry_point)
-
-
-def _make_native(label: str, spec: EnvSpec, config: EnvironmentsConfig) -> Seeded | Automatic:
-    with one_line_errors(f"{label}: cannot be made"):
-        if is_atari(spec):
-            options = atari_options(label, config, training=True)
-            check_options(label, atari_creator(), config.options, spec.kwargs)
-            return Games(spec.id, config.count, options)
-        options = dict(config.options)
-        if config.max_episode_steps is not None:
-            options["max_episode_steps"] = config.max_episode_steps
-        check_options(label, _creator(spec), options, spec.kwargs)
-        vector = gymnasium.make_vec(spec.id, num_envs=config.count, vectorization_mode="vector_entry_point", **options)
-    mode = vector.metadata.get("autoreset_mode")
-    if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
-        raise UserError(
-            f"{label}: its vector environment has the autoreset mode {mode}, expected next-step or same-step: "
-            "`vectorization: sync` steps single ones"
-        )
-    if check_spaces(label, vector.single_observation_space, vector.single_action_space) != "as it is":
-        raise UserError(
-            f"{label}: its vector environment shows images (H, W, C): `vectorization: sync` transposes them"
-        )
-    return Automatic(label, vector)
+    return tell
 
 
 def _tensor(array: NDArray[Any]) -> torch.Tensor:

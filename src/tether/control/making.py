@@ -53,6 +53,9 @@ class EnvironmentsConfig:
     """Keyword arguments for the environment, as gymnasium.make or the `make_env` function takes them."""
     max_episode_steps: int | None = None
     """Truncate episodes after so many of the environment's own steps, instead of the limit that the id comes with."""
+    longest_episode: int = 100_000
+    """Where an environment has no time limit of its own, an episode is cut off after so many actions, as by one:
+    checkpoints remember it from its first action, and an evaluation would never end."""
     action_repeat: int = 1
     """Do each action so many times and sum the rewards; stops early where the episode ends. Atari: its `frameskip`,
     4 where this is left at 1."""
@@ -61,7 +64,7 @@ class EnvironmentsConfig:
     first. Atari: its `stack_num`, 4 where this is left at 1."""
 
     def __post_init__(self) -> None:
-        for name in ("count", "action_repeat", "frame_stack", "max_episode_steps"):
+        for name in ("count", "action_repeat", "frame_stack", "max_episode_steps", "longest_episode"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")

@@ -91,7 +91,8 @@ class ControlPolicy(nn.Module):
     """`tether.ppo.ActorCritic` over the observations and actions of a simulator.
 
     Observations with three dimensions are images, channels first, and go through a CNN; all others are flattened
-    and go through a perceptron. uint8 observations are scaled by 1/255, floats are taken as they are.
+    and go through a perceptron. uint8 images are divided by their upper bound, as are components of uint8 vectors that
+    range from 0 to 255; all other numbers are taken as they are.
 
     Weights are orthogonal with gain √2 (hidden), 0.01 (policy head) and 1 (value head), biases 0: Huang et al. 2022,
     "The 37 implementation details of PPO", detail 2.
@@ -119,9 +120,10 @@ class ControlPolicy(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         images = len(shape) == 3
         self.shared = images or config.shared
-        self.trunk = _Convolutions(shape, generator) if images else _Perceptron(shape, config, generator)
+        scale = _scale_of(observation_space)
+        self.trunk = _Convolutions(shape, scale, generator) if images else _Perceptron(shape, scale, config, generator)
         self.head = _head(action_space, self.trunk.features, config, generator)
-        self.value_trunk = None if self.shared else _Perceptron(shape, config, generator)
+        self.value_trunk = None if self.shared else _Perceptron(shape, scale, config, generator)
         self.value_head = _linear(self.trunk.features, 1, _VALUE_GAIN, generator)
 
     @property
@@ -205,8 +207,12 @@ class ControlPolicy(nn.Module):
 class _Perceptron(nn.Module):
     """Linear layers, each with its activation: (n, …) observations of any shape → (n, F)."""
 
-    def __init__(self, shape: tuple[int, ...], config: NetworkConfig, generator: torch.Generator) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], scale: Tensor, config: NetworkConfig, generator: torch.Generator
+    ) -> None:
         super().__init__()
+        self.scale: Tensor
+        self.register_buffer("scale", scale, persistent=False)
         self.inputs = math.prod(shape)
         sizes = (self.inputs, *config.hidden)
         self.features = sizes[-1]
@@ -216,7 +222,7 @@ class _Perceptron(nn.Module):
         self.activation = torch.tanh_ if config.activation == "tanh" else torch.relu_
 
     def forward(self, observations: Tensor) -> Tensor:
-        x = _as_input(observations)
+        x = _as_input(observations, self.scale)
         if x.dim() != 2:
             x = x.reshape(-1, self.inputs)
         layer: Any
@@ -229,8 +235,10 @@ class _Perceptron(nn.Module):
 class _Convolutions(nn.Module):
     """The CNN of Mnih et al. 2015 (Methods, "Model architecture"): (n, C, H, W) images → (n, 512)."""
 
-    def __init__(self, shape: tuple[int, ...], generator: torch.Generator) -> None:
+    def __init__(self, shape: tuple[int, ...], scale: Tensor, generator: torch.Generator) -> None:
         super().__init__()
+        self.scale: Tensor
+        self.register_buffer("scale", scale, persistent=False)
         channels, *size = shape
         if min(size) < _SMALLEST_IMAGE:
             raise UserError(
@@ -248,7 +256,7 @@ class _Convolutions(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Flatten(), linear, nn.ReLU(inplace=True))
 
     def forward(self, observations: Tensor) -> Tensor:
-        return self.layers(_as_input(observations))
+        return self.layers(_as_input(observations, self.scale))
 
 
 class _CategoricalHead(nn.Module):
@@ -397,12 +405,27 @@ def _initialise(layer: Any, gain: float, generator: torch.Generator) -> Any:
     return layer
 
 
-def _as_input(observations: Tensor) -> Tensor:
-    """Observations as float32, uint8 ones scaled to [0, 1]."""
+def _scale_of(space: spaces.Box) -> Tensor:
+    """What uint8 observations of this space are multiplied by, for all alike or shaped like one.
+
+    Images by the inverse of their upper bound, so that they end at 1: 255 as a rule, 1 of a mask. Of a vector the
+    components that are bytes (0 to 255), such as a memory's; a board, a one-hot vector or a count is what it says.
+    """
+    if space.dtype != np.uint8:
+        return torch.ones(())
+    high = space.high.astype(np.float32)
+    if len(space.shape) == 3:
+        return torch.tensor(1.0 / max(1.0, float(high.max())))
+    scale = torch.from_numpy(np.where((space.low == 0) & (high == 255), np.float32(1 / 255), np.float32(1)))
+    return scale.flatten()[0] if bool((scale == scale.flatten()[0]).all()) else scale
+
+
+def _as_input(observations: Tensor, scale: Tensor) -> Tensor:
+    """Observations as float32, uint8 ones scaled."""
     if observations.dtype == torch.float32:
         return observations
     if observations.dtype == torch.uint8:
-        return observations.float().mul_(1 / 255)
+        return observations.float().mul_(scale)
     return observations.float()
 
 

@@ -22,8 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tether.control.acting import ActingPolicy, Actor
 from tether.control.environments import Environments, Step
 from tether.control.films import Films
+from tether.control.infos import whole_success
 from tether.control.normalisation import ObservationNormaliser, RewardScaler
 from tether.control.policy import StateContext
 from tether.control.recording import EVALUATED_AT_ONCE, EpisodeRecorder, NamingPolicy, Rollout
@@ -36,21 +38,8 @@ RECENT = 100  # finished episodes that the reported means are taken over, as is 
 POLICY_FILE, STATISTICS_FILE = "policy.safetensors", "observations.safetensors"
 
 
-class SteppingPolicy(ActorCritic, NamingPolicy, Protocol):
+class SteppingPolicy(ActorCritic, ActingPolicy, NamingPolicy, Protocol):
     """An `ActorCritic` that can act step by step; `ControlPolicy` is one."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where its parameters are."""
-        ...
-
-    def noise(self, steps: int, count: int, generator: torch.Generator) -> Tensor:
-        """(steps, count, …) the randomness of `steps` calls of `act`."""
-        ...
-
-    def act(self, observations: Tensor, noise: Tensor | None) -> Tensor:
-        """(N,) or (N, A) actions in the states (N, *obs); None instead of noise: the likeliest."""
-        ...
 
     def values(self, observations: Tensor) -> Tensor:
         """(n,) values of the states (n, *obs)."""
@@ -150,6 +139,7 @@ class ControlWorld:
         self.generator = torch.Generator().manual_seed(seed)
         shape = environments.observation_space.shape
         self.normaliser = ObservationNormaliser(shape) if self.config.normalise_observations else None
+        self.actor = Actor(policy, self.normaliser)
         self.scaler = RewardScaler(environments.count, gamma) if self.config.normalise_rewards else None
         self.steps = 0
         self._raw: NDArray[Any] = np.empty(0)  # the state that each environment is in
@@ -157,6 +147,7 @@ class ControlWorld:
         self._returns = np.zeros(environments.count)
         self._lengths = np.zeros(environments.count, dtype=np.int64)
         self._recent: deque[tuple[float, int, float]] = deque(maxlen=RECENT)  # return, length, success (or nan)
+        self._tells = False  # the environments have spoken of success
         self._rollout: Rollout | None = None
 
     def collect(self) -> Trajectories:
@@ -227,8 +218,8 @@ class ControlWorld:
         for t in range(limit):
             seen, shown, seeds = self._seen, self._raw[: self.recorder.count], self.environments.seeds
             assert seen is not None
-            action = self.policy.act(seen.to(self.policy.device), noise[t])
-            step = self.environments.step(self.policy.to_environment(action))
+            action, done = self.actor.act(seen, noise[t])
+            step = self.environments.step(done)
             ended = step.terminated | step.truncated
             if whole and t == limit - 1:
                 ended = np.ones_like(ended)  # the next collection begins other episodes
@@ -247,24 +238,15 @@ class ControlWorld:
         The arrays are kept as they are: `Environments` gives new ones at every step.
         """
         self._raw = observations
-        if self.normaliser is None:
-            seen = observations
-        elif running.all():
-            seen = self.normaliser(observations)
-        else:  # nothing is learnt from states that are not collected
-            self.normaliser(observations[running])
-            seen = self.normaliser.normalise(observations)
-        self._seen = torch.from_numpy(seen)
+        self._seen = self.actor.see(observations, running)
 
     def _bootstrap_values(self, moments: list[_Moment], truncated: NDArray[np.bool_]) -> NDArray[np.float32]:
         """(T, N): V of the state that each truncated step led to, 0 elsewhere."""
         bootstrap = np.zeros(truncated.shape, dtype=np.float32)
         places = np.argwhere(truncated)
         if len(places):
-            states = np.stack([moments[t].step.successors[n] for t, n in places])
-            if self.normaliser is not None:
-                states = self.normaliser.normalise(states)
-            values = self.policy.values(torch.from_numpy(states).to(self.policy.device))
+            states = self.actor.see(np.stack([moments[t].step.successors[n] for t, n in places]))
+            values = self.policy.values(states.to(self.policy.device))
             bootstrap[truncated] = values.numpy(force=True)
         return bootstrap
 
@@ -282,6 +264,7 @@ class ControlWorld:
             self._returns[n] += rollout.rewards[part, n] @ rollout.mask[part, n]
             self._lengths[n] += rollout.mask[part, n].sum()
             success = math.nan if rollout.success is None else float(rollout.success[t, n])
+            self._tells |= not math.isnan(success)
             self._recent.append((float(self._returns[n]), int(self._lengths[n]), success))
             self._returns[n], self._lengths[n], begin[n] = 0, 0, t + 1
         rest = rollout.mask & (np.arange(len(rollout.mask))[:, None] >= begin)
@@ -297,8 +280,8 @@ class ControlWorld:
             returns, lengths, success = np.array(self._recent).T
             metrics |= {"score": float(returns.mean()), "score_std": float(returns.std())}
             metrics["episode_length"] = float(lengths.mean())
-            if not np.isnan(success).all():
-                metrics["success"] = float(np.nanmean(success))
+            if self._tells:
+                metrics["success"] = float(np.mean(whole_success(success.tolist())))
         mask = trajectories.mask
         metrics["reward"] = float(trajectories.rewards[mask].mean())
         if trajectories.reference_log_probs is not None:
@@ -351,6 +334,7 @@ class ControlWorld:
             "returns": torch.from_numpy(self._returns.copy()),
             "lengths": torch.from_numpy(self._lengths.copy()),
             "recent": list(self._recent),
+            "tells": self._tells,
             **self.recorder.state_dict(),
         }
 
@@ -375,6 +359,7 @@ class ControlWorld:
         self.steps = int(state["steps"])
         self._returns, self._lengths = state["returns"].numpy().copy(), state["lengths"].numpy().copy()
         self._recent = deque(((r, n, s) for r, n, s in state["recent"]), maxlen=RECENT)
+        self._tells = bool(state.get("tells", any(not math.isnan(s) for _, _, s in self._recent)))
         self.recorder.load_state_dict(state)
         if not self.environments.load_state_dict(state["environments"]):  # new episodes have begun
             self._returns[:], self._lengths[:] = 0, 0
@@ -383,8 +368,8 @@ class ControlWorld:
                 self.scaler.load_state_dict(state["scaler"] | {"returns": torch.from_numpy(self._returns.copy())})
         self._seen = None
         if self.environments.observations is not None:
-            raw = self._raw = self.environments.observations
-            self._seen = torch.from_numpy(raw if self.normaliser is None else self.normaliser.normalise(raw))
+            self._raw = self.environments.observations
+            self._seen = self.actor.see(self._raw)
 
 
 def load_policy(folder: Path, policy: SteppingPolicy, normaliser: ObservationNormaliser | None) -> None:

@@ -1,11 +1,15 @@
 """Wrappers around one environment: what it returns is checked, its actions repeated, its images put channels first.
 
+The innermost, `Checked`, also keeps what wrappers of the user's own gather, see `kept`.
+
 Each changes one thing; none knows of several environments or of learning.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any, SupportsFloat
 
 import gymnasium
@@ -13,8 +17,11 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from tether.control.loading import reason_of
+from tether.control.kept import States, bring_states, digests_of, freeze, kept_layers, layers, states_of
+from tether.control.loading import one_line_errors, reason_of
 from tether.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 Wrapper = gymnasium.Wrapper[Any, Any, Any, Any]
 Stepped = tuple[NDArray[Any], float, bool, bool, dict[str, Any]]
@@ -32,15 +39,25 @@ class Checked(Wrapper):
         self._shape = env.observation_space.shape
         self._dtype = env.observation_space.dtype
         self._steps = 0
+        self._spaces = _Sampled(env)
+        self._kept = kept_layers(env)
+        self._at_start: States = []  # what was gathered before the episode that runs
+        self._frozen: States | None = None  # what every episode begins with
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin an episode; arguments and results are gymnasium's."""
         self._steps = 0
+        if self._kept:
+            if self._frozen:
+                bring_states(self._kept, self._frozen, self.label)
+            self._at_start = states_of(self._kept, self.label)
+        if seed is not None:
+            self._spaces.seed(seed)
         try:
             result = self.env.reset(seed=seed, options=options)
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"{self.label}: reset raised {reason_of(error)}") from error
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
             found = f"{len(result)} values" if isinstance(result, tuple) else f"a {type(result).__name__}"
@@ -55,7 +72,7 @@ class Checked(Wrapper):
             result = self.env.step(action)
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"{self._here()}: step raised {reason_of(error)}") from error
         if not isinstance(result, tuple) or len(result) != 5:
             found = f"{len(result)} values" if isinstance(result, tuple) else f"a {type(result).__name__}"
@@ -74,6 +91,33 @@ class Checked(Wrapper):
         if not isinstance(info, dict):
             raise UserError(f"{self._here()}: info is a {type(info).__name__}, expected a dict")
         return observation, reward, bool(terminated), bool(truncated), info
+
+    def close(self) -> None:
+        """Close it. What goes wrong there is told, and no more: everything that it was for is done."""
+        try:
+            with one_line_errors(f"{self.label}: close failed"):
+                self.env.close()
+        except UserError as error:
+            logger.warning("%s", error)
+
+    def gathered(self) -> tuple[States, States]:
+        """What the user's wrappers had gathered before the episode that runs, and what they have now."""
+        return (self._at_start, states_of(self._kept, self.label)) if self._kept else ([], [])
+
+    def bring(self, states: States) -> list[str]:
+        """Go on from what they had gathered; a line for whatever finds no counterpart."""
+        if self._frozen is not None:
+            self._frozen = states
+        return bring_states(self._kept, states, self.label)
+
+    def freeze(self) -> None:
+        """Their statistics stay as they are from now on, or begin each episode as they are brought next."""
+        freeze(self.env)
+        self._frozen = []
+
+    def digests(self) -> dict[str, str]:
+        """Of what the wrappers hold that is not kept."""
+        return digests_of(self.env)
 
     def _check_observation(self, observation: Any) -> None:
         if type(observation) is np.ndarray and observation.shape == self._shape and observation.dtype == self._dtype:
@@ -99,6 +143,36 @@ class Checked(Wrapper):
 
     def _here(self) -> str:
         return f"{self.label}, step {self._steps} of its episode" if self._steps else f"{self.label}, reset"
+
+
+class _Sampled:
+    """The spaces of an environment and of its wrappers, which have generators of their own that no reset seeds.
+
+    Many environments draw by `observation_space.sample()`. A generator that nobody drew from is left as it is, as
+    seeding costs as much as some steps.
+    """
+
+    def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
+        found = [getattr(layer, name, None) for layer in layers(env) for name in ("observation_space", "action_space")]
+        self._spaces = list({id(part): part for space in found for part in _parts(space)}.values())
+        self._states: list[Any] = [None] * len(self._spaces)
+
+    def seed(self, seed: int) -> None:
+        """Begin the generators that were drawn from anew."""
+        for place, space in enumerate(self._spaces):
+            if self._states[place] is None or space.np_random.bit_generator.state != self._states[place]:
+                space.seed(seed + place)
+                self._states[place] = space.np_random.bit_generator.state
+
+
+def _parts(space: Any) -> Iterator[spaces.Space[Any]]:
+    """A space, or those that it is made of."""
+    if isinstance(space, spaces.Dict):
+        yield from (part for inner in space.spaces.values() for part in _parts(inner))
+    elif isinstance(space, spaces.Tuple):
+        yield from (part for inner in space.spaces for part in _parts(inner))
+    elif isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)):
+        yield space
 
 
 class ActionRepeat(Wrapper):
@@ -162,3 +236,28 @@ class FrameStack(Wrapper):
         observation, reward, terminated, truncated, info = self.env.step(action)
         self._frames.append(np.array(observation))  # a copy: the environment may use its array again
         return np.concatenate(self._frames), float(reward), terminated, truncated, info
+
+
+class Watched(Wrapper):
+    """Shows itself to somebody after each reset and each step.
+
+    Args:
+        env: what is watched.
+        watch: given the environment, and whether an episode has just begun.
+    """
+
+    def __init__(self, env: gymnasium.Env[Any, Any], watch: Callable[[Any, bool], None]) -> None:
+        super().__init__(env)
+        self._watch = watch
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode."""
+        result = self.env.reset(seed=seed, options=options)
+        self._watch(self.env, True)
+        return result
+
+    def step(self, action: Any) -> Stepped:
+        """Do `action`."""
+        result: Any = self.env.step(action)
+        self._watch(self.env, False)
+        return result

@@ -6,25 +6,24 @@ tried: `tether control --eval RUN`.
 
 from __future__ import annotations
 
-import itertools
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 
 from tether.config import config_from_dict, config_to_dict
-from tether.control.environments import Environments, EnvironmentsConfig, make_environment
-from tether.control.films import Films, choose_renderer, render, require_imageio
+from tether.control.acting import Actor
+from tether.control.environments import Environments, EnvironmentsConfig, tell_now_and_then
+from tether.control.films import Film, Films
+from tether.control.infos import whole_success
 from tether.control.normalisation import ObservationNormaliser
 from tether.control.policy import ControlPolicy, NetworkConfig
-from tether.control.vectors import success_of
 from tether.control.world import ControlCollectConfig, ControlWorld, load_policy
 from tether.devices import AUTO, choose_device
 from tether.errors import UserError
@@ -32,13 +31,14 @@ from tether.pipeline.opening import count, describe_control
 from tether.pipeline.progress import Progress
 from tether.pipeline.training import Trained, restore, train_in_folder
 from tether.ppo import AdvantageConfig, Learner, LearnerConfig
+from tether.random_states import random_states_kept, seed_random_states
 from tether.runs import latest_checkpoint, load_state, read_config
-from tether.runs.random_states import seed_random_states
 from tether.train import Iteration
 from tether.uncertainty import share, with_error
 
+logger = logging.getLogger(__name__)
+
 SHOWN = ("steps", "score", "episode_length", "entropy", "approx_kl", "clip_fraction", "explained_variance")
-MOST_FRAMES_PER_SECOND = 50  # of films; browsers play no GIF faster
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def build_control(config: ControlConfig, checkpoint: Path | None = None) -> tupl
         policy = ControlPolicy(environments.observation_space, environments.action_space, config.network, config.seed)
         policy.to(_device(config, environments))
         if checkpoint is None:
-            _try_out(environments, policy)
+            _try_out(environments, Actor(policy))
         fewest = config.learner.minibatches
         films = _films(config, environments)
         world = ControlWorld(
@@ -149,15 +149,31 @@ def _films(config: ControlConfig, environments: Environments) -> Films | None:
     return Films(Path(config.output), config.env, config.environments)
 
 
-def _try_out(environments: Environments, policy: ControlPolicy) -> None:
-    """One step, so that most mistakes in an environment are told before the run gets its folder.
+def _try_out(environments: Environments, actor: Actor) -> None:
+    """One step, so that most mistakes in an environment are told before anything else is done.
 
-    Afterwards everything is as if it had not been made, for environments that depend on their seed alone.
+    Afterwards everything is as if it had not been made, for environments that depend on their seed alone and wrappers
+    whose state is kept. A warning names those that take along anything else from one episode to the next.
     """
     before = environments.state_dict()
-    states = torch.from_numpy(environments.reset())
-    environments.step(policy.to_environment(policy.act(states.to(policy.device), None)))
-    environments.load_state_dict(before)
+    with random_states_kept():
+        seen = actor.see(environments.reset())
+        digests = environments.digests()
+        environments.step(actor.act(seen, None)[1])
+        environments.load_state_dict(before)
+        if any(digests):
+            environments.reset()
+            after = environments.digests()
+            environments.load_state_dict(before)
+            changed = [name for old, new in zip(digests, after, strict=True) for name in old if old[name] != new[name]]
+            for name in dict.fromkeys(changed):
+                logger.warning(
+                    "%s: its wrapper keeps `%s` from one episode to the next, which a checkpoint and --eval have not: "
+                    "give it state_dict and load_state_dict, or let Tether normalise (collect.normalise_observations, "
+                    "collect.normalise_rewards)",
+                    environments.label,
+                    name,
+                )
 
 
 def _environments_of(config: ControlConfig) -> dict[str, Any]:
@@ -201,7 +217,7 @@ def train_control(
         def build(checkpoint: Path | None) -> tuple[ControlWorld, Learner]:
             shown.phase(f"making {count(config.environments.count, 'environment')} of {config.env}")
             world, learner = build_control(config, checkpoint)
-            set_threads(config, world)
+            set_threads(config, world.environments)
             return world, learner
 
         try:
@@ -219,11 +235,11 @@ def train_control(
             torch.set_num_threads(threads_before)
 
 
-def set_threads(config: ControlConfig, world: ControlWorld) -> None:
-    """Give torch as many threads as the configuration says; `train_control` does, and takes them back at the end."""
+def set_threads(config: ControlConfig, environments: Environments) -> None:
+    """Give torch as many threads as the configuration says; who trains or tries takes them back at the end."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    elif len(world.environments.observation_space.shape) == 1:
+    elif len(environments.observation_space.shape) == 1:
         torch.set_num_threads(1)
 
 
@@ -251,7 +267,7 @@ class ControlEvalConfig:
 
 @dataclass(frozen=True, repr=False)
 class ControlEvaluation:
-    """What came of the episodes, one entry each; success is None where the environment does not speak of it."""
+    """What came of the episodes, one entry each; success is None where the environment never speaks of it."""
 
     returns: list[float]
     lengths: list[int]
@@ -264,7 +280,8 @@ class ControlEvaluation:
 def evaluate_control(config: ControlEvalConfig) -> ControlEvaluation:
     """Play episodes with the policy of a run, and print what came of them.
 
-    Statistics of observations stay as training left them; rewards are the environment's own.
+    Statistics of observations stay as training left them, also those of wrappers in the environment; rewards are the
+    environment's own. A film that fails after it began is told in a line, and the result is kept.
 
     Raises:
         UserError: the run or its environment cannot be used, or the film cannot be written.
@@ -277,104 +294,66 @@ def evaluate_control(config: ControlEvalConfig) -> ControlEvaluation:
     found = latest_checkpoint(folder)
     if found is None:
         raise UserError(f"{folder}: no checkpoint to evaluate")
-    player = Player.load(run, found[1])
-    if config.record:
-        choose_renderer()
-    with closing(make_environment(run.env, run.environments, "rgb_array" if config.record else None)) as environment:
-        generator = torch.Generator().manual_seed(config.seed) if config.sample else None
-        returns, lengths, success = [], [], []
-        for episode in range(config.episodes):
-            filmed = config.record if episode == 0 else None
-            with _film(filmed, environment.metadata.get("render_fps", 30)) as add_frame:
-                observation, _ = environment.reset(seed=config.seed if episode == 0 else None)
-                total, length, over = 0.0, 0, False
-                while not over:
-                    add_frame(environment)
-                    action = player.act(observation, generator)
-                    observation, reward, terminated, truncated, info = environment.step(action)
-                    total, length, over = total + float(reward), length + 1, terminated or truncated
-                    if not (math.isfinite(total) and np.isfinite(observation).all()):
-                        raise UserError(
-                            f"environment `{run.env}`, step {length} of episode {episode + 1}: found nan or inf in the "
-                            "observation or the reward, expected finite numbers"
-                        )
-                add_frame(environment)
-            returns.append(total)
-            lengths.append(length)
-            if (succeeded := success_of(info)) is not None:
-                success.append(succeeded)
-    evaluation = ControlEvaluation(returns, lengths, success or None)
-    _show(Console(highlight=False, soft_wrap=True), config, run, found[0], evaluation)
+    seed_random_states(config.seed)
+    threads_before = torch.get_num_threads()
+    film = None if config.record is None else Film(config.record)
+    with Environments.to_try(run.env, run.environments, config.seed, film) as environments:
+        try:
+            set_threads(run, environments)
+            actor = load_actor(run, environments, found[1])
+            environments.bring_gathered(load_state(found[1], "trainer")["world"]["environments"])
+            _try_out(environments, actor)
+            evaluation = _play(config, environments, actor, film)
+        finally:
+            torch.set_num_threads(threads_before)
+    filmed = film is not None and film.finish()
+    _show(Console(highlight=False, soft_wrap=True), config, run, found[0], evaluation, filmed)
     return evaluation
 
 
-@dataclass(frozen=True)
-class Player:
-    """A trained policy with the statistics that its observations are normalised by."""
-
-    policy: ControlPolicy
-    normaliser: ObservationNormaliser | None
-
-    @classmethod
-    def load(cls, config: ControlConfig, checkpoint: Path) -> Player:
-        """The policy of a run's checkpoint, on the CPU."""
-        with closing(make_environment(config.env, config.environments)) as environment:
-            observations: Any = environment.observation_space
-            policy = ControlPolicy(observations, environment.action_space, config.network)
-        normaliser = ObservationNormaliser(observations.shape) if config.collect.normalise_observations else None
-        load_policy(checkpoint, policy, normaliser)
-        return cls(policy, normaliser)
-
-    def act(self, observation: NDArray[Any], generator: torch.Generator | None = None) -> Any:
-        """One action, as the environment takes it: the likeliest, or drawn where there is a generator."""
-        observations = observation[None]
-        if self.normaliser is not None:
-            observations = self.normaliser.normalise(observations)
-        noise = None if generator is None else self.policy.noise(1, 1, generator)[0]
-        return self.policy.to_environment(self.policy.act(torch.from_numpy(observations), noise))[0]
+def load_actor(config: ControlConfig, environments: Environments, checkpoint: Path) -> Actor:
+    """The policy of a run's checkpoint, on the CPU, with the statistics that its observations are normalised by."""
+    space = environments.observation_space
+    policy = ControlPolicy(space, environments.action_space, config.network)
+    normaliser = ObservationNormaliser(space.shape) if config.collect.normalise_observations else None
+    load_policy(checkpoint, policy, normaliser)
+    return Actor(policy, normaliser)
 
 
-@contextmanager
-def _film(path: str | None, frames_per_second: int) -> Iterator[Callable[[Any], None]]:
-    """Gives a function that films an environment's present state; without a path it does nothing.
-
-    Of environments that are faster than a film can show only every second, third, … state is rendered and kept.
-    """
-    if path is None:
-        yield lambda environment: None
-        return
-    require_imageio(path)
-    import imageio.v3 as imageio
-
-    frames: list[NDArray[Any]] = []
-    every, states = math.ceil(frames_per_second / MOST_FRAMES_PER_SECOND), itertools.count()
-
-    def add_frame(environment: Any) -> None:
-        if next(states) % every:
-            return
-        frames.append(render(environment, path))
-
-    with _written(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).open("ab").close()  # now rather than after the episode
-    yield add_frame
-    options: dict[str, Any] = {"duration": 1000 * every / frames_per_second, "loop": 0}
-    if path.endswith(".mp4"):  # the codec needs even sides; without the last it would stretch them to multiples of 16
-        options = {"plugin": "FFMPEG", "fps": frames_per_second / every, "macro_block_size": 2}
-    with _written(path):
-        imageio.imwrite(path, np.stack(frames), **options)
-
-
-@contextmanager
-def _written(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+def _play(config: ControlEvalConfig, environments: Environments, actor: Actor, film: Film | None) -> ControlEvaluation:
+    """Episodes in one environment, the first of them filmed."""
+    generator = torch.Generator().manual_seed(config.seed) if config.sample else None
+    returns: list[float] = []
+    lengths: list[int] = []
+    success: list[float] = []
+    total, length = 0.0, 0
+    if film is not None:
+        film.roll()
+    tell = tell_now_and_then()
+    seen = actor.see(environments.reset())
+    while len(returns) < config.episodes:
+        noise = None if generator is None else actor.policy.noise(1, 1, generator)[0]
+        step = environments.step(actor.act(seen, noise)[1])
+        seen = actor.see(step.observations)
+        if not step.valid[0]:
+            continue
+        total, length = total + float(step.rewards[0]), length + 1
+        tell("%s of %s episodes played, %s steps of the next", len(returns), config.episodes, length)
+        if step.terminated[0] or step.truncated[0]:
+            returns.append(total)
+            lengths.append(length)
+            success.append(math.nan if step.success is None else float(step.success[0]))
+            total, length = 0.0, 0
+    return ControlEvaluation(returns, lengths, None if all(map(math.isnan, success)) else whole_success(success))
 
 
 def _show(
-    console: Console, config: ControlEvalConfig, run: ControlConfig, iteration: int, evaluation: ControlEvaluation
+    console: Console,
+    config: ControlEvalConfig,
+    run: ControlConfig,
+    iteration: int,
+    evaluation: ControlEvaluation,
+    filmed: bool = False,
 ) -> None:
     returns = evaluation.returns
     how = "actions drawn" if config.sample else "greedy"
@@ -385,7 +364,7 @@ def _show(
         counts = set(evaluation.success) <= {0.0, 1.0}
         success = share(sum(evaluation.success), len(evaluation.success)) if counts else _mean(evaluation.success)
         console.print(f"  success      {success}", markup=False)
-    if config.record is not None:
+    if filmed:
         console.print(f"  film         {config.record}", markup=False)
 
 
@@ -399,9 +378,9 @@ __all__ = [
     "ControlConfig",
     "ControlEvalConfig",
     "ControlEvaluation",
-    "Player",
     "build_control",
     "evaluate_control",
+    "load_actor",
     "set_threads",
     "train_control",
 ]

@@ -24,12 +24,12 @@ from tether.language.sampler import Sampler
 from tether.language.world import LanguageWorld
 from tether.pipeline.evaluate import estimate, score_responses
 from tether.pipeline.generate import Response, sample_responses
+from tether.random_states import random_states, set_random_states
 from tether.rewards import Rewards
 from tether.rewards.judge import Judge
 from tether.rewards.models import ModelReward
 from tether.rewards.remote import Remote
 from tether.runs.folder import FRONTIER_FILE, replace_file
-from tether.runs.random_states import random_states, set_random_states
 
 LEARNED = (ModelReward, Judge, Remote)
 SAMPLES = 16  # where nothing else is asked for: up to a KL of 1.8 nats, for half as many calls as 32

@@ -46,11 +46,11 @@ from tether.pipeline.training import Trained, restore, train_in_folder
 from tether.pipeline.value_model import critic_from_reward_model
 from tether.ppo import AdvantageConfig, KLConfig, KLController, Learner, LearnerConfig
 from tether.pretrained import check_vocabulary, context_length, embedding_rows
+from tether.random_states import seed_random_states
 from tether.rewards import Rewards, RewardsConfig
 from tether.rewards.functions import Functions
 from tether.rewards.tasks import ProblemsConfig, Task
 from tether.runs.alarms import AlarmsConfig
-from tether.runs.random_states import seed_random_states
 from tether.train import Iteration
 
 logger = logging.getLogger(__name__)

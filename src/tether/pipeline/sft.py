@@ -39,8 +39,8 @@ from tether.pipeline.samples import Row, RowFormat, tokenize_rows
 from tether.pipeline.supervised import Batch, Optimizer, Report, SupervisedConfig, longest_text, plan_batches
 from tether.positions import settle_positions
 from tether.pretrained import check_vocabulary
+from tether.random_states import seed_random_states
 from tether.runs import Display, Run, recorded
-from tether.runs.random_states import seed_random_states
 
 SHOWN = ("loss", "eval_loss", "learning_rate", "gradient_norm", "time/tokens_per_second")
 SHOWN_STEPS = 100  # of a long run, about so many steps are shown; all are in metrics.jsonl

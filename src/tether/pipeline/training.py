@@ -18,12 +18,13 @@ from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar
 
 from tether.config import config_to_dict
-from tether.errors import RewardError, UserError
+from tether.errors import RewardError, UserError, exited
 from tether.pipeline.progress import Progress
 from tether.ppo import Learner
+from tether.random_states import random_states, set_random_states
 from tether.runs import Run, load_state, recorded, refuse_run, save_state
 from tether.runs.alarms import AlarmLog, AlarmsConfig
-from tether.runs.random_states import random_states, set_random_states
+from tether.runs.onlooking import Onlooking
 from tether.train import Iteration, World, iterate
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,8 @@ def train_in_folder(
 
     Every iteration goes to `metrics.jsonl`, TensorBoard and the episode store; checkpoints are written every
     `checkpoint_every` iterations, at the end, after Ctrl-C or SIGTERM (which let the iteration finish), and when
-    collecting fails. With `resume` the run goes on from its last good checkpoint as if it had never stopped.
+    collecting fails. With `resume` the run goes on from its last good checkpoint as if it had never stopped. Where
+    TensorBoard, alarms, episodes or the display fail, a line says so and the run goes on.
 
     Args:
         config: the whole configuration, which is written into the folder.
@@ -129,6 +131,7 @@ def train_in_folder(
         saved, newest = learner.iteration, found[1] if found else None
         constant = constants(world) if constants is not None else {}
         watch = AlarmLog(folder, alarms) if alarms is not None else None
+        looks = Onlooking()
 
         def save() -> Path:
             state = {**boundary, "learner": learner.state_dict(), **constant}
@@ -140,35 +143,43 @@ def train_in_folder(
         with recorded(folder, device, learner.iteration), _Interruption() as interruption:
             try:
                 if progress is not None and describe is not None:
-                    progress.say(describe(world, learner))
+                    with looks.at("the display"):
+                        progress.say(describe(world, learner))
                 if begin is not None and learner.iteration == 0:
                     begin(world, folder)
                 if progress is not None and learner.iteration < config.iterations:
-                    progress.begin(learner.iteration)
+                    with looks.at("the display"):
+                        progress.begin(learner.iteration)
                 for iteration in iterate(world, learner):
                     run.log(iteration.number, iteration.metrics)
-                    for alarm in watch.log(iteration.number, iteration.metrics) if watch is not None else ():
-                        logger.warning("alarm in iteration %d: %s", alarm.iteration, alarm.message)
+                    with looks.at("alarms"):
+                        for alarm in watch.log(iteration.number, iteration.metrics) if watch is not None else ():
+                            logger.warning("alarm in iteration %d: %s", alarm.iteration, alarm.message)
                     batch = (iteration.trajectories, iteration.advantages, iteration.returns, iteration.last_seen)
-                    run.log_episodes(iteration.number, world.episodes(*batch))
+                    with looks.at("episodes"):
+                        run.log_episodes(iteration.number, world.episodes(*batch))
                     boundary, complete = _boundary(world), iteration.number
                     due = iteration.number % config.checkpoint_every == 0 or iteration.number == config.iterations
                     if due or interruption.wanted:
                         newest = save()
                         saved = iteration.number
                     if progress is not None:
-                        progress.iteration(iteration)
+                        with looks.at("the display"):
+                            progress.iteration(iteration)
                     if report is not None:
                         report(iteration)
                     if interruption.wanted:
                         break
             except BaseException as error:
-                _keep_responses(folder, learner.iteration + 1, error)
+                with looks.at("unscored.jsonl"):
+                    _keep_responses(folder, learner.iteration + 1, error)
                 if complete == 0 and isinstance(error, UserError) and not isinstance(error, RewardError):
                     run.forget_frontier()  # what the user brought cannot work: nothing here is in the way of a new run
                 # parameters, boundary and logs are of one iteration unless its update or its logging was broken off
                 if not learner.updating and learner.iteration == complete > saved:
                     save()
+                if isinstance(error, SystemExit):
+                    raise exited(error) from error
                 raise
         assert newest is not None  # the last iteration has one, and so has an interrupted run
         return Trained(folder, newest / "policy", world, learner)
@@ -233,7 +244,8 @@ class _Interruption:
         if self.wanted:
             raise KeyboardInterrupt
         self.wanted = True
-        print("\nfinishing this iteration, then saving; press Ctrl-C again to stop at once", flush=True)
+        with Onlooking().at("the display"):
+            print("\nfinishing this iteration, then saving; press Ctrl-C again to stop at once", flush=True)
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():

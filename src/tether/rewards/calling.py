@@ -83,7 +83,8 @@ class Caller:
             with torch.no_grad():  # of this thread alone; a score is a number, nothing flows back through it
                 result = function.call(**_taken(function, arguments))
                 if inspect.isawaitable(result):  # an async function behind a plain one
-                    result = asyncio.run_coroutine_threadsafe(_await(result), self._event_loop()).result()
+                    awaited = _awaited(function, lambda: result)
+                    result = asyncio.run_coroutine_threadsafe(awaited, self._event_loop()).result()
                 return result
 
         future: Future[Any] = Future()
@@ -91,10 +92,8 @@ class Caller:
         return future
 
     def _start_async(self, function: RewardFunction, arguments: Mapping[str, Sequence[Any]]) -> Future[Any]:
-        async def run() -> Any:
-            return await function.call(**_taken(function, arguments))
-
-        return asyncio.run_coroutine_threadsafe(run(), self._event_loop())
+        awaited = _awaited(function, lambda: function.call(**_taken(function, arguments)))
+        return asyncio.run_coroutine_threadsafe(awaited, self._event_loop())
 
     def _event_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
@@ -163,8 +162,11 @@ def _stop_loop(loop: asyncio.AbstractEventLoop) -> None:
         loop.call_soon_threadsafe(loop.stop)
 
 
-async def _await(value: Any) -> Any:
-    return await value
+async def _awaited(function: RewardFunction, start: Callable[[], Any]) -> Any:
+    try:
+        return await start()
+    except (SystemExit, KeyboardInterrupt) as error:  # would end the event loop, and nobody would hear of it
+        raise RewardError(_said(function, error)) from error
 
 
 def _is_async(call: Callable[..., Any]) -> bool:

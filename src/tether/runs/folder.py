@@ -38,6 +38,7 @@ from . import checkpoints
 from .console import CONSOLE_FILE
 from .episodes import EPISODES_FILE, EpisodeStore
 from .lock import FolderLock
+from .onlooking import Onlooking
 from .starts import STARTS_FILE
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Run:
         self._writer: SummaryWriter | None = None
         self._episodes: EpisodeStore | None = None
         self._metrics: int | None = None
+        self._looks = Onlooking()
 
     @classmethod
     def create(
@@ -136,7 +138,7 @@ class Run:
         """Append a line to metrics.jsonl and the same to TensorBoard, where names without a `/` get `train/`.
 
         NaN and infinities become null in the JSON. The line is in the file when this returns: a reader sees all of it
-        or, at worst, a last line without its end.
+        or, at worst, a last line without its end. TensorBoard may fail: a warning says so, and is its last.
         """
         numbers = {name: _number(value) for name, value in metrics.items()}
         line = json.dumps({"iteration": iteration, **_measured_last(numbers)}, allow_nan=False)
@@ -147,10 +149,12 @@ class Run:
         except OSError as error:
             raise UserError(f"{self.folder / METRICS_FILE}: cannot be written: {error.strerror}") from error
         if self._tensorboard:
-            writer = self._open_tensorboard()
-            for name, value in metrics.items():
-                writer.add_scalar(name if "/" in name else f"train/{name}", float(value), iteration)
-            writer.flush()
+            with self._looks.at("TensorBoard") as look:
+                writer = self._open_tensorboard()
+                for name, value in metrics.items():
+                    writer.add_scalar(name if "/" in name else f"train/{name}", float(value), iteration)
+                writer.flush()
+            self._tensorboard = not look.failed
 
     def log_episodes(self, iteration: int, episodes: Sequence[Episode]) -> None:
         """Store the episodes of an iteration in one transaction."""
@@ -166,9 +170,11 @@ class Run:
         What was logged before is flushed to the disk first, so that a checkpoint never knows more than the logs.
         """
         if self._episodes is not None:
-            self._episodes.sync()
+            with self._looks.at("episodes"):
+                self._episodes.sync()
         if self._metrics is not None:
-            os.fsync(self._metrics)
+            with self._looks.at(METRICS_FILE):
+                os.fsync(self._metrics)
         return checkpoints.save_checkpoint(self.folder / CHECKPOINTS_FOLDER, iteration, write, self._keep)
 
     def latest_checkpoint(self) -> tuple[int, Path] | None:
@@ -236,9 +242,11 @@ class Run:
         if self._metrics is not None:
             os.close(self._metrics)
         if self._writer is not None:
-            self._writer.close()
+            with self._looks.at("TensorBoard"):
+                self._writer.close()
         if self._episodes is not None:
-            self._episodes.close()
+            with self._looks.at("episodes"):
+                self._episodes.close()
         self._metrics = self._writer = self._episodes = None
 
 

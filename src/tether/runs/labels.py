@@ -1,7 +1,8 @@
 """What people said of pairs of answers: one SQLite file per set, written so that an answer once taken is never lost.
 
-Knows pairs, people and their answers; nothing of models, pages or reward models. `NAME.labels.db` (write-ahead log,
-flushed to the disk at every answer, user_version 2):
+Knows pairs, people and their answers; nothing of models, pages or reward models. `NAME.labels.db` (flushed to the disk
+at every answer, user_version 2) is all there is: SQLite keeps no log beside it, so that a copy of the file has every
+answer. Only while one is written, or after a writer was killed, there is a `-journal` too.
 
     about      key TEXT PRIMARY KEY, value TEXT       JSON: name, policies, sampling, and a secret for the order
     pairs      id INTEGER PRIMARY KEY                 from 1, in the order in which they are shown
@@ -27,6 +28,7 @@ import os
 import secrets
 import sqlite3
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +43,7 @@ from .messages import Turns, chat_turns, prompt_text
 LABELS_SUFFIX = ".labels.db"
 LAYOUT = 2
 READABLE = (1, LAYOUT)
+_BESIDE = ("-wal", "-shm", "-journal")
 ANSWERS = ("a", "b", "tie", "both_bad", "skip")
 Shown = Literal["left", "right", "tie", "both_bad", "skip"]
 
@@ -58,6 +61,17 @@ CREATE TABLE answers (
 CREATE INDEX answers_by_annotator ON answers (annotator, sequence);
 PRAGMA user_version = {LAYOUT};
 """
+
+
+_LAST = (
+    "WHERE sequence = (SELECT MAX(sequence) FROM answers AS others "
+    "WHERE others.pair = answers.pair AND person(others.annotator) = person(answers.annotator))"
+)
+
+
+def person_name(name: str) -> str:
+    """A name as it is kept: its characters composed (NFC), as é may be one or two, and single spaces."""
+    return " ".join(unicodedata.normalize("NFC", name).split())
 
 
 @dataclass(frozen=True)
@@ -131,8 +145,7 @@ def create_labels(file: Path, about: Mapping[str, Any], pairs: Sequence[NewPair]
             connection.executemany("INSERT INTO about VALUES (?, ?)", [(k, _json(v)) for k, v in values.items()])
             connection.executemany("INSERT INTO pairs (prompt, text, a, b, disagreement) VALUES (?, ?, ?, ?, ?)", rows)
             connection.execute("COMMIT")
-            connection.execute("PRAGMA journal_mode = WAL")
-        for suffix in ("-wal", "-shm"):  # of a file that stood there before
+        for suffix in _BESIDE:  # of a file that stood there before
             file.with_name(file.name + suffix).unlink(missing_ok=True)
         os.replace(partial, file)
 
@@ -147,11 +160,13 @@ class LabelSet:
     def __init__(self, file: Path, writable: bool = False) -> None:
         self.file = file
         mode = "rw" if writable else "ro"
+        _settle(file)
         with _named(file):
             self._connection = sqlite3.connect(
                 f"{file.resolve().as_uri()}?mode={mode}", uri=True, isolation_level=None, timeout=10
             )
             try:
+                self._connection.create_function("person", 1, person_name, deterministic=True)
                 self._connection.execute("PRAGMA trusted_schema = OFF")
                 self._connection.execute("PRAGMA synchronous = FULL")  # flushes at every answer
                 found = self._connection.execute("PRAGMA user_version").fetchone()[0]
@@ -175,8 +190,9 @@ class LabelSet:
         self.close()
 
     def close(self) -> None:
-        """Release the file."""
+        """Release the file; it is whole when nobody else has it open."""
         self._connection.close()
+        _settle(self.file)
 
     def count(self) -> int:
         """Pairs in all."""
@@ -184,15 +200,16 @@ class LabelSet:
 
     def done(self, annotator: str) -> int:
         """Pairs that this person has judged or skipped."""
-        return int(self._rows("SELECT COUNT(*) FROM answers WHERE annotator = ?", annotator)[0][0])
+        query = "SELECT COUNT(DISTINCT pair) FROM answers WHERE person(annotator) = ?"
+        return int(self._rows(query, person_name(annotator))[0][0])
 
     def next_pair(self, annotator: str) -> ShownPair | None:
         """The first pair that this person has not judged; None where all are."""
         query = (
-            "SELECT id, prompt, text, a, b FROM pairs WHERE id NOT IN (SELECT pair FROM answers WHERE annotator = ?) "
-            "ORDER BY id LIMIT 1"
+            "SELECT id, prompt, text, a, b FROM pairs "
+            "WHERE id NOT IN (SELECT pair FROM answers WHERE person(annotator) = ?) ORDER BY id LIMIT 1"
         )
-        rows = self._rows(query, annotator)
+        rows = self._rows(query, person_name(annotator))
         return self._shown(annotator, *rows[0]) if rows else None
 
     def shown_pair(self, annotator: str, id: int) -> ShownPair:
@@ -212,37 +229,41 @@ class LabelSet:
         Raises:
             UserError: there is no such pair.
         """
+        annotator = person_name(annotator)
         left = self._left(annotator, self.shown_pair(annotator, pair).id)
         sides = {"left": left, "right": "b" if left == "a" else "a"}
         values = (pair, annotator, sides.get(answer, answer), left, note, time.time())
         with _named(self.file), self._transaction():
-            self._connection.execute(
-                "INSERT OR REPLACE INTO answers (pair, annotator, answer, left, note, time, sequence) "
-                "VALUES (?, ?, ?, ?, ?, ?, (SELECT COALESCE(MAX(sequence), 0) + 1 FROM answers))",
-                values,
+            newest = self._connection.execute("SELECT COALESCE(MAX(sequence), 0) FROM answers").fetchone()[0]
+            earlier = "DELETE FROM answers WHERE pair = ? AND person(annotator) = ?"
+            self._connection.execute(earlier, (pair, annotator))
+            query = (
+                "INSERT INTO answers (pair, annotator, answer, left, note, time, sequence) VALUES (?, ?, ?, ?, ?, ?, ?)"
             )
+            self._connection.execute(query, (*values, newest + 1))
 
     def undo(self, annotator: str) -> int | None:
         """Take back this person's newest answer; the pair's id, or None where there is none."""
+        annotator = person_name(annotator)
         with _named(self.file), self._transaction():
-            query = "SELECT pair FROM answers WHERE annotator = ? ORDER BY sequence DESC LIMIT 1"
+            query = "SELECT pair FROM answers WHERE person(annotator) = ? ORDER BY sequence DESC LIMIT 1"
             rows = self._connection.execute(query, (annotator,)).fetchall()
             if not rows:
                 return None
             pair = int(rows[0][0])
-            self._connection.execute("DELETE FROM answers WHERE pair = ? AND annotator = ?", (pair, annotator))
+            self._connection.execute("DELETE FROM answers WHERE pair = ? AND person(annotator) = ?", (pair, annotator))
         return pair
 
     def answers(self) -> list[Answer]:
-        """All of them, the oldest first."""
-        query = "SELECT pair, annotator, answer, left, note, time FROM answers ORDER BY sequence"
+        """All of them, the oldest first; of what one person said of a pair under two spellings, the newest."""
+        query = f"SELECT pair, person(annotator), answer, left, note, time FROM answers {_LAST} ORDER BY sequence"
         return [Answer(*row) for row in self._rows(query)]
 
     def preferences(self) -> Iterator[dict[str, Any]]:
         """Rows that `tether reward` reads, one for each answer that says something, in the order of pairs."""
         query = (
-            "SELECT prompt, a, b, answer, annotator, note FROM answers JOIN pairs ON pairs.id = pair "
-            "WHERE answer IN ('a', 'b', 'tie') ORDER BY pair, sequence"
+            "SELECT prompt, a, b, answer, person(annotator), note FROM answers JOIN pairs ON pairs.id = pair "
+            f"{_LAST} AND answer IN ('a', 'b', 'tie') ORDER BY pair, sequence"
         )
         for prompt, a, b, answer, annotator, note in self._rows(query):
             chosen, rejected = (b, a) if answer == "b" else (a, b)
@@ -253,7 +274,7 @@ class LabelSet:
 
     def _left(self, annotator: str, pair: int) -> str:
         """Which answer stands on the left: chance, but the same at every look."""
-        said = f"{self.about.get('secret')}\n{pair}\n{annotator}"
+        said = f"{self.about.get('secret')}\n{pair}\n{person_name(annotator)}"
         return "ab"[hashlib.sha256(said.encode()).digest()[0] & 1]
 
     def _shown(self, annotator: str, id: int, prompt: str, text: str | None, a: str, b: str) -> ShownPair:
@@ -283,6 +304,20 @@ def count_answers(answers: Sequence[Answer]) -> dict[str, int]:
     """How often each of `ANSWERS` was given."""
     counts = Counter(answer.answer for answer in answers)
     return {answer: counts[answer] for answer in ANSWERS}
+
+
+def _settle(file: Path) -> None:
+    """Bring what stands beside the file into it: an earlier version's log, the journal of a writer that was killed.
+
+    Who closes the file last does so. While others have it open, or where nothing may be written, all stays as it is.
+    """
+    if not any(file.with_name(file.name + suffix).exists() for suffix in _BESIDE):
+        return
+    with contextlib.suppress(sqlite3.Error):  # whoever opens the file next is told what is wrong with it
+        address = f"{file.resolve().as_uri()}?mode=rw"
+        with contextlib.closing(sqlite3.connect(address, uri=True, isolation_level=None, timeout=0)) as connection:
+            connection.execute("PRAGMA journal_mode = DELETE")
+            connection.execute("SELECT COUNT(*) FROM sqlite_schema")
 
 
 @contextlib.contextmanager

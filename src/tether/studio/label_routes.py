@@ -11,7 +11,7 @@ from tether.errors import UserError
 from tether.runs.labels import LabelSet
 
 from .asking import MOST, Runs
-from .labels import LONGEST_NOTE, agreement, annotator_name, label_sets, standing
+from .labels import LONGEST_NOTE, agreement, annotator_name, label_sets, near_names, standing
 from .places import label_file
 from .replies import Json, NotFoundError
 
@@ -45,14 +45,15 @@ class Person(BaseModel):
 @router.get("")
 def sets(catalogue: Runs) -> Json:
     """The sets of pairs."""
-    return Json({"sets": label_sets(catalogue)})
+    return Json({"sets": label_sets(catalogue), "left_out": catalogue.left_out})
 
 
 @router.get("/next")
 def next_pair(catalogue: Runs, set: SetName, annotator: Annotator) -> Json:
-    """The first pair that this person has not judged."""
+    """The first pair that this person has not judged; `near` are others whose names are almost theirs."""
+    name = annotator_name(annotator)
     with LabelSet(label_file(catalogue.root, set)) as labels:
-        return Json(standing(labels, annotator_name(annotator)))
+        return Json(standing(labels, name) | {"near": near_names(name, labels)})
 
 
 @router.post("/answer")

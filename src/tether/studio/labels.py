@@ -6,6 +6,7 @@ Knows sets of pairs and the measures of agreement; nothing of HTTP.
 from __future__ import annotations
 
 import itertools
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tether.errors import UserError
-from tether.runs.labels import Answer, LabelSet
+from tether.runs.labels import Answer, LabelSet, person_name
 
 from .agreement import cohen_kappa, krippendorff_alpha
 from .places import relative
@@ -35,10 +36,26 @@ def annotator_name(name: str) -> str:
     Raises:
         UnfitError: nobody can be called so.
     """
-    name = " ".join(name.split())
+    name = person_name(name)
     if not name or len(name) > LONGEST_NAME or not name.isprintable():
         raise UnfitError(f"annotator: expected a name of 1 to {LONGEST_NAME} printable characters")
     return name
+
+
+def near_names(name: str, labels: LabelSet) -> list[dict[str, Any]]:
+    """Who has judged under a name that differs in capitals, accents, spaces or signs alone, and how many pairs.
+
+    Nobody where the name itself is known already.
+    """
+    counts = Counter(answer.annotator for answer in labels.answers())
+    if name in counts:
+        return []
+    return [{"name": other, "done": counts[other]} for other in sorted(counts) if _bare(other) == _bare(name)]
+
+
+def _bare(name: str) -> str:
+    letters = unicodedata.normalize("NFKD", name).casefold()
+    return "".join(letter for letter in letters if letter.isalnum()) or name
 
 
 def standing(labels: LabelSet, annotator: str, pair: int | None = None) -> dict[str, Any]:

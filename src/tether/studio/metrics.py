@@ -1,4 +1,6 @@
-"""A run's `metrics.jsonl`, read as it grows: each byte once, from the start again when the file was replaced.
+"""A run's `metrics.jsonl`, read as it grows: each byte once, from the start again when the file was written anew.
+
+That it was is told by its bytes: file systems give a new file the number of one that was removed.
 
 Knows lines of JSON with an iteration and numbers; nothing of what the numbers mean.
 """
@@ -8,11 +10,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import threading
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+_WINDOW = 8192  # bytes from the beginning and before the place of the last look, by which the file is known again
 
 
 class MetricsLog:
@@ -20,16 +24,17 @@ class MetricsLog:
 
     Attributes:
         fault: the first line that cannot be read, in words; None where all can.
+        edition: changes whenever the file is read from the start again, so that earlier rows are no longer its own.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.fault: str | None = None
-        self._rows: list[Row] = []
-        self._place = 0  # bytes that were read, whole lines
-        self._lines = 0
-        self._inode: int | None = None
         self._lock = threading.Lock()
+        self._rows: list[Row] = []
+        self._place = self._lines = 0  # bytes that were read, whole lines
+        self._head = self._tail = b""
+        self._begin()
 
     def rows(self) -> list[Row]:
         """All whole lines, in their order. A torn last one waits for its end."""
@@ -39,27 +44,40 @@ class MetricsLog:
                     with self.file.open("rb") as stream:
                         self._read(stream)
                 else:
-                    self._begin(None)
+                    self._begin()
             except OSError as error:
-                self._begin(None)
+                self._begin()
                 self.fault = f"{self.file.name}: cannot be read: {error.strerror}"
             return list(self._rows)
 
     def _read(self, stream: Any) -> None:
-        found = os.fstat(stream.fileno())
-        if found.st_ino != self._inode or found.st_size < self._place:
-            self._begin(found.st_ino)
-        if found.st_size == self._place:
+        size = os.fstat(stream.fileno()).st_size
+        if self._place and (size < self._place or not self._is_known(stream)):
+            self._begin()
+        if size == self._place:
             return
         stream.seek(self._place)
-        whole, newline, _ = stream.read(found.st_size - self._place).rpartition(b"\n")
+        whole, newline, _ = stream.read(size - self._place).rpartition(b"\n")
         if newline:
+            if len(self._head) < _WINDOW:
+                self._head = (self._head + whole + newline)[:_WINDOW]
+            self._tail = (self._tail + whole + newline)[-_WINDOW:]
             self._place += len(whole) + 1
             for line in whole.split(b"\n"):
                 self._add(line)
 
-    def _begin(self, inode: int | None) -> None:
-        self._rows, self._place, self._lines, self._inode, self.fault = [], 0, 0, inode, None
+    def _is_known(self, stream: Any) -> bool:
+        """Whether what was read is still there, as far as its two ends tell; iterations take other times each time."""
+        stream.seek(0)
+        if stream.read(len(self._head)) != self._head:
+            return False
+        stream.seek(self._place - len(self._tail))
+        return bool(stream.read(len(self._tail)) == self._tail)
+
+    def _begin(self) -> None:
+        self._rows, self._place, self._lines, self.fault = [], 0, 0, None
+        self._head = self._tail = b""
+        self.edition = secrets.token_hex(8)
 
     def _add(self, line: bytes) -> None:
         self._lines += 1

@@ -20,8 +20,8 @@ router = APIRouter(prefix="/api")
 
 @router.get("/runs")
 def runs(catalogue: Runs) -> Json:
-    """The table of runs."""
-    return Json({"runs": [asdict(run) for run in catalogue.runs()]})
+    """The table of runs; `left_out` says in a line that there may be more, else it is null."""
+    return Json({"runs": [asdict(run) for run in catalogue.runs()], "left_out": catalogue.left_out})
 
 
 @router.get("/run")
@@ -38,11 +38,12 @@ def metrics(
     since: Annotated[int | None, Query(ge=-MOST, le=MOST)] = None,
     names: Annotated[str | None, Query(max_length=10_000, description="with commas between them")] = None,
 ) -> Json:
-    """Metrics of the iterations after `since`."""
-    rows = catalogue.log(folder).rows()
+    """Metrics of the iterations after `since`. Where `edition` changes, the file was written anew: ask for all."""
+    log = catalogue.log(folder)
+    rows = log.rows()
     wanted = names.split(",") if names else None
     last = rows[-1]["iteration"] if rows else 0
-    return Json({"rows": metrics_since(rows, since, wanted), "last": last})
+    return Json({"rows": metrics_since(rows, since, wanted), "last": last, "edition": log.edition})
 
 
 @router.get("/difference")

@@ -12,6 +12,7 @@ import math
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,12 +84,13 @@ class Catalogue:
         self._summaries: list[RunSummary] = []
         self._kept: dict[Path, tuple[tuple[Any, ...], RunSummary]] = {}
         self._logs: dict[Path, MetricsLog] = {}
+        self.left_out: str | None = None  # that there are more folders than were looked through
 
     def runs(self) -> list[RunSummary]:
         """The newest first; of at most a second ago."""
         with self._lock:
             if time.monotonic() - self._looked > PAUSE:
-                found = [self._summary(folder) for folder in _folders(self.root) if is_run(folder)]
+                found = [self._summary(folder) for folder in self._folders() if is_run(folder)]
                 self._summaries = sorted(found, key=lambda summary: (-summary.updated, summary.run))
                 self._looked = time.monotonic()
             return self._summaries
@@ -104,7 +106,17 @@ class Catalogue:
 
     def label_files(self) -> list[Path]:
         """Sets of labels under the root."""
-        return sorted(path for folder in _folders(self.root) for path in _label_files(folder))
+        return sorted(path for folder in self._folders() for path in _label_files(folder))
+
+    def _folders(self) -> list[Path]:
+        found = list(_folders(self.root))
+        self.left_out = None
+        if len(found) == MOST_FOLDERS:
+            looked = (
+                f"The {MOST_FOLDERS:,} nearest folders were looked through; what lies in others is not listed here."
+            )
+            self.left_out = f"{looked} To see it, start the studio on a folder further in: tether studio FOLDER"
+        return found
 
     def _summary(self, folder: Path) -> RunSummary:
         held = is_held(folder)
@@ -290,10 +302,10 @@ def readable(name: str) -> str:
 
 
 def _folders(root: Path) -> Iterator[Path]:
-    """The root and the folders in it, no link that leads out or to where it came from, a bounded number."""
-    waiting, seen = [(root, 0)], 0
+    """The root and the folders in it, the nearest first; no link, and a bounded number."""
+    waiting, seen = deque([(root, 0)]), 0
     while waiting and seen < MOST_FOLDERS:
-        folder, depth = waiting.pop()
+        folder, depth = waiting.popleft()
         seen += 1
         yield folder
         if depth == DEPTH:
@@ -304,7 +316,7 @@ def _folders(root: Path) -> Iterator[Path]:
         except OSError:
             continue
         kept = sorted(name for name in names if not name.startswith(".") and name not in _PASSED_OVER)
-        waiting += [(folder / name, depth + 1) for name in reversed(kept)]
+        waiting += [(folder / name, depth + 1) for name in kept]
 
 
 def _label_files(folder: Path) -> list[Path]:

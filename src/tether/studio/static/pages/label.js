@@ -11,6 +11,7 @@ import { agreementView } from "./labels.js";
 
 const KEPT = "tether-annotator";
 let known = null; // the name where storage is forbidden
+const sure = new Set(); // names that were asked about
 const CHOICES = [
   { answer: "left", label: "Left is better", keys: ["1", "ArrowLeft"] },
   { answer: "right", label: "Right is better", keys: ["2", "ArrowRight"] },
@@ -59,7 +60,22 @@ function askName(page, set, before) {
   input.focus();
 }
 
+/** Somebody has judged under almost the same name: one person should not count as two. */
+function askWhich(page, set, annotator, near) {
+  const begin = (name) => {
+    sure.add(name);
+    keep(name);
+    go(address("/label", { set }), { replace: true });
+  };
+  fill(page.main, h("div", { class: "panel ask" }, h("h1", {}, "Is that you?"),
+    h("p", {}, `Nobody has judged as ${annotator} yet, but there are answers under almost the same name. Two names count as two people.`),
+    near.map(({ name, done }) => button(`I am ${name} (${done} judged)`, () => begin(name), { class: "primary" })),
+    button(`No, go on as ${annotator}`, () => begin(annotator))));
+}
+
 async function label(page, set, annotator) {
+  const first = await get("labels/next", { set, annotator }, page.signal);
+  if (first.near.length && !sure.has(annotator)) return askWhich(page, set, annotator, first.near);
   const state = { set, annotator, busy: false, pair: null };
   const parts = {
     bar: h("div", {}), place: h("div", { class: "pair" }), error: h("p", { class: "notice bad", role: "alert", hidden: true }),
@@ -115,7 +131,8 @@ async function label(page, set, annotator) {
     ["u", "undo the last answer", () => undo()],
     ["n", "write a note", () => parts.note.focus()],
   ]);
-  await show(await get("labels/next", { set, annotator }, page.signal));
+  await show(first);
+  return undefined;
 }
 
 function pairView(pair) {

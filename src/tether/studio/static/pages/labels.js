@@ -8,9 +8,10 @@ import { csvButton } from "../csv.js";
 
 export async function show(page) {
   document.title = "Labels · Tether studio";
-  const { sets } = await get("labels", {}, page.signal);
+  const { sets, left_out: leftOut } = await get("labels", {}, page.signal);
   const found = await Promise.all(sets.map((set) => set.fault ? null : get("labels/agreement", { set: set.set }, page.signal)));
   fill(page.main, h("header", { class: "page-header" }, h("div", {}, h("h1", {}, "Labels"), h("p", { class: "lead" }, sets.length ? "Pairs of answers, and which of them people find better." : ""))),
+    leftOut ? h("p", { class: "notice" }, leftOut) : null,
     sets.length ? sets.map((set, i) => card(set, found[i])) : empty());
 }
 

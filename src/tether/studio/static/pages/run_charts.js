@@ -47,13 +47,14 @@ export async function showCharts(page, run, body) {
   };
 }
 
-/** New rows after `since`; everything anew where the run was rewound in the meantime. */
+/** New rows after `since`; everything anew where the run was rewound, or done again, in the meantime. */
 async function fetchRows(page, state, since) {
-  const { rows, last } = await get("metrics", { run: state.run.run, since }, page.signal);
-  if (since && last < since) {
+  const { rows, last, edition } = await get("metrics", { run: state.run.run, since }, page.signal);
+  if (since && (last < since || edition !== state.edition)) {
     state.rows = [];
     return fetchRows(page, state, 0);
   }
+  state.edition = edition;
   state.rows = since ? [...state.rows, ...rows.filter((row) => row.iteration > since)] : rows;
   return undefined;
 }

@@ -22,8 +22,10 @@ const COLUMNS = [
 
 export async function show(page) {
   document.title = "Runs · Tether studio";
+  const found = await get("runs", {}, page.signal);
   const state = {
-    runs: (await get("runs", {}, page.signal)).runs,
+    runs: found.runs,
+    leftOut: found.left_out,
     chosen: new Set(),
     search: page.query.get("search") ?? "",
     tag: page.query.get("tag") ?? "",
@@ -34,7 +36,7 @@ export async function show(page) {
   const body = h("div", {});
   const compare = button("Compare", () => go(address("/compare", { run: [...state.chosen] })), { class: "primary", disabled: true });
   const draw = () => {
-    fill(body, tagBar(state, draw), runsTable(state, draw));
+    fill(body, state.leftOut ? h("p", { class: "notice" }, state.leftOut) : null, tagBar(state, draw), runsTable(state, draw));
     summary.textContent = summarise(state.runs);
     compare.disabled = state.chosen.size < 2;
     compare.textContent = state.chosen.size ? `Compare ${state.chosen.size}` : "Compare";
@@ -53,7 +55,8 @@ export async function show(page) {
     body);
   draw();
   onChange(null, debounce(async () => {
-    state.runs = (await get("runs", {}, page.signal)).runs;
+    const { runs, left_out: leftOut } = await get("runs", {}, page.signal);
+    Object.assign(state, { runs, leftOut });
     draw();
   }, 250), page.signal);
   keys(page.signal, [

@@ -1,8 +1,10 @@
-"""The process's global random generators, which a user's reward function may draw from. Tether's own are elsewhere."""
+"""The process's global random generators, which a user's code may draw from. Tether's own are elsewhere."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy
@@ -39,3 +41,13 @@ def set_random_states(states: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal.tolist()), gauss))
     key, position, has_gauss, cached = states["numpy"]
     numpy.random.set_state(("MT19937", key.numpy().astype("uint32"), position, has_gauss, cached))  # noqa: NPY002
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Afterwards the global generators go on as if nothing had been drawn inside."""
+    before = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(before)
