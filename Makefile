@@ -71,7 +71,7 @@ test-avx2: sync
 
 # One process: the model is large enough for all cores to share one of its products.
 test-real: sync-real
-	$(RUN) pytest -m real $(ARGS)
+	$(RUN) pytest -m real -o faulthandler_timeout=1200 $(ARGS)
 
 # The pictures' packages at the lock file's versions, whichever torch is installed: `uv sync` would replace TORCH=cpu's.
 bench: sync
