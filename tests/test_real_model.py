@@ -38,7 +38,8 @@ from tether.runs import read_episodes, read_metrics
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "real"
-ROUNDING = 1e-4  # of a log-probability in float32 after 30 layers, between two ways of computing it
+FIRST_RATIO = 1e-4  # distance from 1, of tokens that were drawn, in float32
+ROUNDING = 1e-3  # of any log-probability, the unlikeliest too, between two ways of computing it in float32
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,7 +126,7 @@ def test_the_first_ratio_is_one_with_adapters_that_have_learned(trained: Trained
         again = world.policy.evaluate(batch.context, batch.actions, batch.mask)
     ratio = (again.log_probs - batch.log_probs).exp()[batch.mask]
     assert len(ratio) > 40
-    assert float((ratio - 1).abs().max()) < ROUNDING
+    assert float((ratio - 1).abs().max()) < FIRST_RATIO
 
 
 def test_with_its_adapters_off_it_is_the_base_to_the_bit(
@@ -134,13 +135,14 @@ def test_with_its_adapters_off_it_is_the_base_to_the_bit(
     model = trained.world.policy.model
     assert float((log_probs(model, tokens) - log_probs(base, tokens)).abs().max()) > 1e-2
     plain = load_causal_lm(str(folder / "model"))
+    reference = ModelReference(plain)  # from here on it multiplies as a policy does
     with using(model, None):
         assert torch.equal(log_probs(model, tokens), log_probs(plain, tokens))
     torch.testing.assert_close(log_probs(plain, tokens), log_probs(base, tokens), atol=ROUNDING, rtol=0)
     batch = trained.world.collect()
     rows = torch.arange(len(batch))
     asked = (batch.context, batch.actions, batch.mask, rows)
-    by_base = compare(trained.world.policy.reader, ModelReference(plain), *asked)[0]
+    by_base = compare(trained.world.policy.reader, reference, *asked)[0]
     assert batch.reference_log_probs is not None
     assert torch.equal(batch.reference_log_probs[batch.mask], by_base[batch.mask])
 
