@@ -29,14 +29,16 @@ BENCH_FOLDER ?= runs/bench
 # control.py has settings of its own: a quick look at the others is a quick look at it
 CONTROL_ARGS ?= $(if $(findstring --quick,$(ARGS)),--steps 4096 --repeats 1)
 
-.PHONY: help demo test test-all test-avx2 bench lint format sync browser FORCE
+.PHONY: help demo real test test-all test-avx2 test-real bench lint format sync sync-real browser FORCE
 .NOTPARALLEL:
 
 help:
 	@echo "make demo       PPO teaches a small language model arithmetic, in minutes   (options: ARGS=...)"
+	@echo "make real       PPO on SmolLM2, a real chat model of 135 million parameters; half an hour"
 	@echo "make test       the tests, without the slow ones                            (options: ARGS=...)"
 	@echo "make test-all   all tests                                                   (options: ARGS=...)"
 	@echo "make test-avx2  those that a processor may change, with no more than AVX2's instructions"
+	@echo "make test-real  those on SmolLM2, which it downloads (93 MB) and which no other tests need"
 	@echo "make bench      speed and memory, beside others; hours, on an idle machine  (options: ARGS=--quick, BENCHES=...)"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite what it can"
@@ -46,6 +48,10 @@ help:
 
 demo: sync
 	$(RUN) tether demo $(ARGS)
+
+# The example takes PATH's commands: those of this clone
+real: sync-real
+	PATH="$(CURDIR)/.venv/bin:$$PATH" sh examples/real/run.sh $(ARGS)
 
 test: sync
 	$(PYTEST) -m "not slow" $(ARGS)
@@ -62,6 +68,10 @@ OF_PROCESSORS := tests/language tests/ppo tests/test_semantics.py tests/test_bri
 test-avx2: sync
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; export TORCHINDUCTOR_CACHE_DIR=$$folder; \
 		$(CAPPED) $(PYTEST) -m "not slow" $(OF_PROCESSORS) $(ARGS)
+
+# One process: the model is large enough for all cores to share one of its products.
+test-real: sync-real
+	$(RUN) pytest -m real -o faulthandler_timeout=1200 $(ARGS)
 
 # The pictures' packages at the lock file's versions, whichever torch is installed: `uv sync` would replace TORCH=cpu's.
 bench: sync
@@ -89,6 +99,11 @@ format: sync
 	$(RUN) ruff format .
 
 sync: .venv/.torch
+
+# SmolLM2 and what reads it, at the lock file's versions, beside whichever torch is installed
+sync-real: sync
+	@$(UV) export --quiet --frozen --no-hashes --only-group real -o .venv/real.txt
+	@$(UV) pip install --quiet --python .venv -r .venv/real.txt
 
 browser:
 	@sh .ci/browser

@@ -72,6 +72,14 @@ def test_the_small_torch_takes_the_place_of_the_other_and_what_only_that_needed_
     assert (clone / ".venv" / ".torch").read_text() == "cpu\n"
 
 
+def test_the_real_model_is_downloaded_where_it_is_asked_for_alone(clone: Path) -> None:
+    assert not any("real" in line for line in sync(clone)[2])
+    subprocess.run(["make", "sync-real", "UV=./uv"], cwd=clone, check=True, timeout=120, capture_output=True)
+    asked = (clone / "asked").read_text().splitlines()
+    assert any(line.startswith("export") and "--frozen" in line and "--only-group real" in line for line in asked)
+    assert asked[-1] == "pip install --quiet --python .venv -r .venv/real.txt"
+
+
 @pytest.mark.parametrize("words", [(), ("TORCH=cpu",)])
 def test_a_failure_ends_with_why_and_leaves_the_environment(clone: Path, words: tuple[str, ...]) -> None:
     (clone / "fails").write_text("--compile-bytecode")

@@ -3,6 +3,10 @@
     python -m tests.studio.browser.screenshots [RUNS]
 
 Runs that are in RUNS (default: runs/pictures) already are not trained anew; the rest takes some minutes.
+
+    python -m tests.studio.browser.screenshots --real FOLDER
+
+makes docs/studio/real-*.png alone, of the run that `examples/real/run.sh FOLDER` has left.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from tether.language.world import CollectConfig
 from tether.pipeline.ppo import Parts, PPOConfig, train_ppo
 from tether.pipeline.sft import SFTConfig, fine_tune
 from tether.ppo import AdvantageConfig, KLConfig, LearnerConfig
-from tether.runs import Run, read_config, read_episode, read_episodes
+from tether.runs import Run, read_config, read_episodes
 from tether.runs.labels import LabelSet, NewPair, create_labels
 from tether.runs.notes import Notes, write_notes
 
@@ -141,12 +145,14 @@ def make_label_set(root: Path) -> None:
                 labels.answer(name, shown.id, better if rng.random() < share else "tie")
 
 
-def interesting(root: Path) -> int:
-    """A wrong answer among right ones, in which an unlikely token stands out."""
+def interesting(root: Path) -> tuple[int, int]:
+    """A wrong answer, among right ones where prompts have several, in which an unlikely token stands out; its step."""
     episodes = [e for n in range(3, 12) for e in read_episodes(root / "sums", n, limit=200)]
     groups = Counter((e.iteration, e.prompt) for e in episodes if e.score > 0)
-    wrong = [e for e in episodes if e.score < 0 and e.terminated and groups[e.iteration, e.prompt]]
-    return min(wrong or episodes, key=lambda e: min(e.advantages) - max(e.advantages)).id
+    wrong = [e for e in episodes if e.score < 0 and e.terminated]
+    wrong = [e for e in wrong if groups[e.iteration, e.prompt]] or wrong or episodes
+    chosen = min(wrong, key=lambda e: min(e.advantages) - max(e.advantages))
+    return chosen.id, chosen.log_probs.index(min(chosen.log_probs))  # where it went wrong
 
 
 def filmed(root: Path) -> int:
@@ -155,9 +161,7 @@ def filmed(root: Path) -> int:
 
 
 def shoot(browser: Browser, url: str, root: Path) -> None:
-    id = interesting(root)
-    log_probs = read_episode(root / "sums", id).log_probs
-    step = log_probs.index(min(log_probs))  # where it went wrong
+    id, step = interesting(root)
     pages = {
         "runs": "/",
         "run": "/run?run=sums",
@@ -182,6 +186,12 @@ def shoot(browser: Browser, url: str, root: Path) -> None:
             picture(browser, url + path, OUTPUT / f"{name}-dark.png", "dark", LAPTOP)
         if name in phone:
             picture(browser, url + path, OUTPUT / f"{name}-phone.png", "dark" if name in dark else "light", PHONE)
+
+
+def shoot_real(browser: Browser, url: str, root: Path) -> None:
+    id, step = interesting(root)
+    picture(browser, f"{url}/run?run=sums", OUTPUT / "real-run.png", "light", LAPTOP)
+    picture(browser, f"{url}/episode?run=sums&id={id}&step={step}", OUTPUT / "real-episode.png", "light", LAPTOP)
 
 
 def picture(browser: Browser, url: str, file: Path, theme: Any, size: Any) -> None:
@@ -212,5 +222,13 @@ def main(root: Path) -> None:
         run.update_config(config)
 
 
+def main_real(root: Path) -> None:
+    with serving(root) as url, chromium() as browser:
+        shoot_real(browser, url, root)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/pictures"))
+    if sys.argv[1:2] == ["--real"]:
+        main_real(Path(sys.argv[2]))
+    else:
+        main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/pictures"))
