@@ -54,7 +54,7 @@ def test_a_variable_that_the_template_never_reads_is_said_once(caplog: pytest.Lo
     for _ in range(3):
         ChatTemplate(made, ChatOptions(chat_template_kwargs={"enable_thinkin": False}), "prompts").render(CHAT, "here")
     assert [record.message for record in caplog.records] == [
-        "prompts.chat_template_kwargs: the chat template never reads `enable_thinkin`, so nothing becomes of it"
+        "prompts.chat_template_kwargs: the chat template never reads `enable_thinkin`, so it is ignored"
     ]
     caplog.clear()
     loops = "{% for m in messages %}{% if m.role == 'x' %}{% continue %}{% endif %}{% generation %}{{ quiet }}"
@@ -139,8 +139,6 @@ def test_columns_that_a_template_reads(row: dict[str, Any], found: dict[str, Any
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"tools": {"a": 1}}, "column `tools` is dict; expected a list"),
-        ({"documents": "words"}, "column `documents` is text that is no JSON"),
         ({"chat_template_kwargs": [1]}, "column `chat_template_kwargs` is list"),
         ({"chat_template_kwargs": {"tokenize": True}}, "has `tokenize`"),
     ],
@@ -148,6 +146,20 @@ def test_columns_that_a_template_reads(row: dict[str, Any], found: dict[str, Any
 def test_columns_of_another_form_are_refused(row: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"row 1: .*{message}"):
         variables_of(row, "row 1")
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [({"a": 1}, "column `tools` is dict; expected a list"), ("hammer, saw", "column `tools` is text that is no JSON")],
+)
+def test_a_column_that_happens_to_have_the_name_is_refused_by_a_template_that_reads_it_alone(
+    column: Any, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = Conversation(CHAT, variables_of({"tools": column}, "row 1"))
+    with pytest.raises(UserError, match=f"here: {message}"):
+        render(TOOLS + CHATML, own)
+    assert render(CHATML, own) == render(CHATML)
+    assert "never reads `tools`" in caplog.text
 
 
 def test_a_conversation_is_a_list_that_keeps_its_variables_when_it_is_copied() -> None:

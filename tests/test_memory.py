@@ -266,3 +266,17 @@ def test_on_a_gpu_the_figure_is_that_of_torchs_allocator(monkeypatch: pytest.Mon
     assert running.lap() == 1
     assert other.lap() == 1
     assert [process_peak(device) for device in ("cuda", "cuda:0", "cuda:1")] == [9, 9, 7]
+
+
+@pytest.mark.parametrize(("limit", "left"), [("1000", 1000 - 900 + 700 + 50), ("max", None)])
+def test_files_that_the_system_keeps_at_hand_count_as_free(
+    limit: str, left: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = memory.free_memory()
+    kept = "anon 100\ninactive_file 700\nactive_file 50\nslab 9\n"
+    for name, text in {"memory.max": limit, "memory.current": "900", "memory.stat": kept}.items():
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr(memory, "GROUP", tmp_path)
+    found = memory.free_memory()
+    assert without is not None
+    assert found == left if left is not None else found > 2**20

@@ -88,7 +88,7 @@ def base_of(folder: str) -> str | None:
     return name
 
 
-def is_classifier(folder: str) -> bool:
+def adapts_classifier(folder: str) -> bool:
     """Whether the adapters in `folder` were trained for a classifier, such as a reward model is."""
     settings = adapter_settings(folder)
     if settings is None:

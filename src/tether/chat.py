@@ -29,6 +29,7 @@ OWN = (
     *("sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
     *("return_assistant_tokens_mask", "tokenizer_kwargs"),
 )  # arguments of `apply_chat_template` that are not the user's to give
+CONTENT = "x7x"  # of an answer that is rendered to see what comes after it
 _told: WeakKeyDictionary[PreTrainedTokenizerBase, set[tuple[str, str]]] = WeakKeyDictionary()
 """Warnings that were given of a tokenizer's template; each is given once."""
 GENERATION = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
@@ -65,32 +66,34 @@ class Conversation(list[dict[str, Any]]):
 def variables_of(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     """What a row of a data set has for the template beside its messages: `tools`, `documents`, further variables.
 
-    Each column may hold JSON text, as files without nested types have it.
+    Each column may hold JSON text, as files without nested types have it. Columns of these names that hold something
+    else are refused by a template that reads them, and by none that does not.
 
     Raises:
-        UserError: `tools` or `documents` is no list, or the further variables are no mapping.
+        UserError: the further variables are no mapping.
     """
-    found: dict[str, Any] = {}
-    for name, kind, expected in (
-        *((name, list, "a list of objects") for name in GIVEN_BESIDE),
-        (KWARGS, dict, "an object of variables"),
-    ):
-        value = row.get(name)
-        if isinstance(value, str) and value.strip():
-            try:
-                value = json.loads(value)
-            except ValueError as error:
-                raise UserError(f"{place}: column `{name}` is text that is no JSON; expected {expected}") from error
-        if not value:  # null, or a row without tools among others that have some
-            continue
-        if not isinstance(value, kind):
-            raise UserError(f"{place}: column `{name}` is {type(value).__name__}; expected {expected}")
-        if name == KWARGS:
-            _check_names(value, f"{place}: column `{name}`")
-            found |= {key: entry for key, entry in value.items() if entry is not None}
-        else:
-            found[name] = value
+    found = {name: value for name in GIVEN_BESIDE if (value := _parsed(row.get(name)))}
+    further = _parsed(row.get(KWARGS))
+    if further:  # neither null nor empty, as in a row among others that have some
+        if not isinstance(further, dict):
+            raise UserError(f"{place}: column `{KWARGS}` is {_kind(further)}; expected an object of variables")
+        _check_names(further, f"{place}: column `{KWARGS}`")
+        found |= {key: entry for key, entry in further.items() if entry is not None}
     return found
+
+
+def _parsed(value: Any) -> Any:
+    """What JSON text says; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except ValueError:
+        return value
+
+
+def _kind(value: Any) -> str:
+    return "text that is no JSON" if isinstance(value, str) else type(value).__name__
 
 
 def said(message: Mapping[str, Any]) -> str:
@@ -174,12 +177,23 @@ class ChatTemplate:
         rendered = self._apply(messages, place, **options)
         return list(rendered["input_ids"]), [bool(flag) for flag in rendered["assistant_masks"]]
 
+    def after_answer(self) -> str:
+        """What the template writes after an answer; empty where it cannot be told, as of a template that wants more."""
+        asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": CONTENT}]
+        try:
+            _, found, after = self.render(asked, "").rpartition(CONTENT)
+        except UserError:
+            return ""
+        return after if found else ""
+
     def _apply(self, messages: Sequence[Mapping[str, Any]], place: str, **options: Any) -> Any:
         own: Mapping[str, Any] = getattr(messages, "variables", {})
         template = self.text(place, own)
         for name in own:
             if not _reads(template, name):
                 self._tell("", name, place)
+            elif name in GIVEN_BESIDE and not isinstance(own[name], list):
+                raise UserError(f"{place}: column `{name}` is {_kind(own[name])}; expected a list of objects")
         variables = self.kwargs | {name: value for name, value in own.items() if _reads(template, name)}
         try:
             return self.tokenizer.apply_chat_template(list(messages), chat_template=template, **variables, **options)
@@ -191,7 +205,7 @@ class ChatTemplate:
         told = _told.setdefault(self.tokenizer, set())
         if (where, name) not in told:
             told.add((where, name))
-            logger.warning("%s: the chat template never reads `%s`, so nothing becomes of it", where or place, name)
+            logger.warning("%s: the chat template never reads `%s`, so it is ignored", where or place, name)
 
     def keep(self) -> None:
         """Let the tokenizer have the template and its variables, so that both are saved with it."""

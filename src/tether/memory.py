@@ -21,6 +21,7 @@ import torch
 
 MIB = 2**20
 WORTH = 128 * MIB
+GROUP = Path("/sys/fs/cgroup")
 
 _measuring: WeakSet[PeakMemory] = WeakSet()
 _keeps = False  # whether memory that is freed stays with the process
@@ -136,11 +137,17 @@ def free_memory(device: torch.device | str = "cpu") -> int | None:
     except (OSError, ValueError):
         return None
     try:
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text(encoding="utf-8"))
-        return min(free, limit - int((group / "memory.current").read_text(encoding="utf-8")))
+        return min(free, _left_to_group())
     except (OSError, ValueError):  # no limit ("max"), or no such file
         return free
+
+
+def _left_to_group() -> int:
+    """Bytes up to the limit of the control group (cgroup v2); files that the system keeps at hand count as free."""
+    limit, used = (int((GROUP / name).read_text(encoding="utf-8")) for name in ("memory.max", "memory.current"))
+    lines = (GROUP / "memory.stat").read_text(encoding="utf-8").splitlines()
+    kept = {name: int(size) for name, _, size in (line.partition(" ") for line in lines)}
+    return limit - used + kept.get("active_file", 0) + kept.get("inactive_file", 0)
 
 
 def keep_freed_memory(keep: bool = True) -> bool:

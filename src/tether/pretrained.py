@@ -130,6 +130,14 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         )
 
 
+def is_classifier(config: Any) -> bool:
+    """Whether a model's configuration is of one that gives a text labels or a score, as a reward model does."""
+    architectures = getattr(config, "architectures", None) or []
+    mapped = getattr(config, "auto_map", None) or {}
+    own_code = "AutoModelForSequenceClassification" in mapped and "AutoModelForCausalLM" not in mapped
+    return own_code or any("SequenceClassification" in name for name in architectures)
+
+
 def embedding_rows(model: PreTrainedModel) -> int:
     """Token ids that the model has an embedding for, those to spare for no token of the tokenizer among them."""
     embeddings: Any = model.get_input_embeddings()

@@ -93,6 +93,8 @@ def test_a_completion_that_is_a_whole_conversation_has_its_question_read_once() 
     other = [{"role": "user", "content": "What is c?"}, answer]
     with pytest.raises(UserError, match="row 1, column `completion` begins with a message of the user"):
         targets(tokenizer, {"prompt": before, "completion": other})
+    with pytest.raises(UserError, match="holds the prompt's messages and no answer"):
+        targets(tokenizer, {"prompt": before, "completion": before})
 
 
 def test_a_completion_that_begins_with_its_prompt_is_told(caplog: pytest.LogCaptureFixture) -> None:

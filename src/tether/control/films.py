@@ -157,8 +157,12 @@ class Film:
         self._speed = float(USUAL_FRAMES_PER_SECOND)
         self._fault = ""
         with _written(path):
+            # tried now rather than after the episode; what fails until then leaves no empty file
+            there = Path(path).exists()
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).open("ab").close()  # now rather than after the episode
+            Path(path).open("ab").close()
+            if not there:
+                Path(path).unlink()
 
     def roll(self) -> None:
         """From the next episode on."""

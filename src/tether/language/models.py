@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tether.adapter_folders import is_classifier
+from tether.adapter_folders import adapts_classifier
 from tether.devices import choose_device
 from tether.errors import UserError, reason
 from tether.language.adapters import LoRAConfig, base_of, give_adapters, has_adapters, merge_adapters, read_adapters
@@ -35,6 +35,7 @@ from tether.pretrained import (
     check_folder,
     check_tokenizer,
     check_weight_files,
+    is_classifier,
     quiet_outputs,
     without_bars,
 )
@@ -165,7 +166,7 @@ def load_trainable(
 
 def _base_of(path: str) -> str | None:
     base = base_of(path)
-    if base is not None and is_classifier(path):
+    if base is not None and adapts_classifier(path):
         raise UserError(f"{path}: adapters of a classifier, such as a reward model; expected those of a language model")
     return base
 
@@ -250,8 +251,9 @@ def _check_config(path: str, trust_remote_code: bool) -> None:
             ) from error
         raise UserError(f"{path}/config.json: no model that transformers knows ({reason(error)})") from error
     architectures = getattr(config, "architectures", None) or []
-    if any("SequenceClassification" in name for name in architectures):
-        raise UserError(f"{path}: a classifier, such as a reward model ({architectures[0]}); expected a language model")
+    if is_classifier(config):
+        kind = architectures[0] if architectures else type(config).__name__
+        raise UserError(f"{path}: a classifier, such as a reward model ({kind}); expected a language model")
     custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not custom and type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"{path}: a model of type {config.model_type!r}; expected a causal language model")

@@ -296,6 +296,8 @@ def answer_to(prompt: Messages, response: Messages, place: str) -> Messages:
     start, end = _after(prompt, response, place)
     if start:
         raise UserError(f"{place} begins with a system message that the prompt has not; expected the same prompt")
+    if end == len(response):
+        raise UserError(f"{place} holds the prompt's messages and no answer to them")
     return response[end:]
 
 

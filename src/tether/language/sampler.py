@@ -25,6 +25,7 @@ from tether.language.products import packed_weights
 from tether.language.texts import Texts
 from tether.positions import settle_positions
 
+WITHIN = 64  # tokens before a window, so that it need not begin within a character
 AT_ONCE = 8  # prompts wait until one in so many places is free
 
 
@@ -245,8 +246,8 @@ class Sampler:
         if self.config.stop:
             # a token holds at least one byte, so a stop string lies within so many last tokens
             window = max(len(text.encode()) for text in self.config.stop)
-            lengths = drawn.lengths[rows].tolist()
-            responses = [drawn.tokens[row, :n].tolist() for row, n in zip(rows.tolist(), lengths, strict=True)]
+            places = zip(rows.tolist(), drawn.lengths[rows].tolist(), strict=True)
+            responses = [drawn.tokens[row, max(0, n - window - WITHIN) : n].tolist() for row, n in places]
             texts = self.texts.tails(responses, window)  # with special tokens: "<|im_end|>" may be one of them
             ended |= torch.tensor([any(stop in text for stop in self.config.stop) for text in texts])
         return ended

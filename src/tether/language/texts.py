@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from tether.chat import ChatTemplate
-from tether.errors import UserError
 from tether.tokens import encode_plain, shared_length
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 HALF = "\ufffd"  # what decoders write for bytes that are no whole character
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # a token of SentencePiece that stands for one byte
-ANSWER = "answer"
 
 
 class Texts:
@@ -144,11 +142,5 @@ def _hidden(tokenizer: PreTrainedTokenizerBase, ends: Iterable[int], stop: Seque
 def _turn_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """What the chat template writes after an answer."""
     chat = ChatTemplate(tokenizer)
-    if chat.missing:
-        return set()
-    try:
-        text = chat.render([{"role": "user", "content": "x"}, {"role": "assistant", "content": ANSWER}], "")
-    except UserError:  # a template that wants other messages: it ends with what the generation config says
-        return set()
-    _, found, after = text.rpartition(ANSWER)
-    return set(encode_plain(tokenizer, [after])[0]) if found and after else set()
+    after = "" if chat.missing else chat.after_answer()
+    return set(encode_plain(tokenizer, [after])[0]) if after else set()

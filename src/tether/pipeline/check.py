@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from tether.devices import choose_device
+from tether.devices import check_compiler, choose_device
 from tether.episode import short_repr
 from tether.errors import UserError, reason
 from tether.language.context import TokenContext
@@ -38,6 +38,7 @@ from tether.pipeline.ppo import (
     read_prompts,
 )
 from tether.pretrained import check_vocabulary
+from tether.random_states import seed_random_states
 from tether.rewards import Rewards, Scores
 
 T = TypeVar("T")
@@ -102,6 +103,9 @@ class _Looking:
 
     def everything(self) -> None:
         config, parts = self.config, self.parts
+        seed_random_states(config.seed)
+        if config.compile:
+            self._passes("compiler", partial(check_compiler, config.device))
         scorers = self._try("reward", lambda: load_rewards(config, parts))
         tokenizer = self._try("tokenizer", lambda: load_own_tokenizer(config, parts))
         base = self._try("weights", lambda: load_base(config, parts))
@@ -175,8 +179,9 @@ class _Looking:
             row[: len(own)] = torch.tensor(own)
         found = first_ratio(policy, context, actions.to(device), samples.log_probs.to(device), samples.mask.to(device))
         if not found.fits:
-            token = sampler.tokenizer.decode([ids[found.row][found.step]])
-            raise UserError(found.misfit(prompts[found.row].place, token, policy))
+            drawn = ids[found.row][found.step]
+            text = sampler.texts.of_tokens([drawn])[drawn]
+            raise UserError(found.misfit(prompts[found.row].place, text, policy))
         tokens, ended = int(samples.mask.sum()), int(samples.terminated.sum())
         agree = f"sampler and learner agree within {found.gap:.1e} (at most {found.limit:g} in {policy.numbers})"
         size = f"{tokens:,} tokens of {len(ids)} responses, {ended} of which ended by themselves"

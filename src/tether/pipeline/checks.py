@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tether.chat import ChatTemplate
 from tether.errors import UserError
 from tether.language.models import end_token_ids
 from tether.language.prompts import Prompt
 from tether.memory import free_memory
 from tether.pretrained import context_length
+from tether.tokens import shared_length
 
 if TYPE_CHECKING:
     from tether.pipeline.ppo import PPOConfig
@@ -26,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 GIB = 2**30
 PROMPTS_READ = 256  # of which the tokens are looked at
-CONTENT = "x7x"  # of an assistant's message, to see what a chat template writes after it
 MARKED = re.compile(r"[<\[{|].+[>\]}|]|_*(pad|padding|unk)_*", re.IGNORECASE | re.DOTALL)
 """How tokens that are no text are written."""
 
@@ -87,7 +88,7 @@ def _round_trips(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) 
 
 def _beside(text: str, back: str) -> str:
     """Where two texts part."""
-    place = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
+    place = shared_length(text, back)
     start = max(0, place - 10)
     return f"{text[start : place + 30]!r} comes back as {back[start : place + 30]!r}"
 
@@ -143,12 +144,7 @@ def _template(
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that the template writes after an answer; None where it is no token of its own, or cannot be told."""
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": CONTENT}]
-    try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception:  # noqa: BLE001 - a template may have no form for such a conversation, which it need not have
-        return None
-    after = text.rpartition(CONTENT)[2].strip()
+    after = ChatTemplate(tokenizer).after_answer().strip()
     added = tokenizer.added_tokens_encoder
     written = [token for token in added if after.startswith(token)]
     return added[max(written, key=len)] if written else None

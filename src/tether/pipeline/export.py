@@ -5,19 +5,18 @@ Knows folders and models; nothing of runs.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tether.adapter_folders import is_classifier
+from tether.adapter_folders import adapts_classifier
 from tether.errors import UserError
 from tether.language.adapters import base_of
 from tether.language.models import load_causal_lm, load_tokenizer
 from tether.pipeline.sft import save_policy
-from tether.pretrained import DTYPES, check_folder, check_vocabulary
+from tether.pretrained import DTYPES, check_folder, check_vocabulary, is_classifier
 from tether.rewards.classifiers import load_classifier
 from tether.rewards.normalisation import Normalisation
 
@@ -74,7 +73,7 @@ def export(config: ExportConfig) -> Path:
 
 def _load(config: ExportConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The policy, or the reward model, in float32, and its tokenizer."""
-    if _is_reward_model(config.model):
+    if _is_reward_model(config):
         return load_classifier(config.model, trust_remote_code=config.trust_remote_code)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     model = load_causal_lm(config.model, trust_remote_code=config.trust_remote_code)
@@ -82,12 +81,11 @@ def _load(config: ExportConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     return model, tokenizer
 
 
-def _is_reward_model(path: str) -> bool:
-    if base_of(path) is not None:
-        return is_classifier(path)
-    file = Path(path, "config.json")
-    if not path or not file.is_file():
+def _is_reward_model(config: ExportConfig) -> bool:
+    if base_of(config.model) is not None:
+        return adapts_classifier(config.model)
+    check_folder(config.model)
+    try:
+        return is_classifier(AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code))
+    except Exception:  # noqa: BLE001 - whatever is wrong with it, loading it as a policy says so
         return False
-    check_folder(path)
-    architectures = json.loads(file.read_text(encoding="utf-8")).get("architectures") or []
-    return any("SequenceClassification" in name for name in architectures)

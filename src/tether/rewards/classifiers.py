@@ -16,10 +16,10 @@ import torch
 
 from tether.adapter_folders import (
     adapter_settings,
+    adapts_classifier,
     base_of,
     has_adapters,
     head_labels,
-    is_classifier,
     merge_adapters,
     read_adapters,
     saved_shapes,
@@ -34,6 +34,7 @@ from tether.pretrained import (
     check_tokenizer,
     check_vocabulary,
     check_weight_files,
+    is_classifier,
     quiet_outputs,
     without_bars,
 )
@@ -72,7 +73,7 @@ def load_classifier(
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    adapters = path if is_classifier(path) else None
+    adapters = path if adapts_classifier(path) else None
     if adapters is None and new_head_seed is None and adapter_settings(path) is not None:
         raise UserError(f"{path}: adapters of a language model; expected a reward model, or adapters of one")
     whole = (base_of(path) or path) if adapters else path
@@ -131,8 +132,7 @@ def _is_classifier(path: str, config: Any, adapters: str | None, new_head: bool)
         UserError: it has no head and is to get none, or one of another kind, which a new one would replace in silence.
     """
     architectures = getattr(config, "architectures", None) or []
-    remote = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
-    classifier = remote or any("SequenceClassification" in name for name in architectures)
+    classifier = is_classifier(config)
     labels = config.num_labels if classifier else 1
     if adapters is not None and (saved := head_labels(adapters)) is not None:
         classifier, labels = True, saved
