@@ -273,7 +273,7 @@ def test_files_that_the_system_keeps_at_hand_count_as_free(
     limit: str, left: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without = memory.free_memory()
-    kept = "anon 100\ninactive_file 700\nactive_file 50\nslab 9\n"
+    kept = "anon 100\ninactive_file 700\nactive_file 50\nslab 9"
     for name, text in {"memory.max": limit, "memory.current": "900", "memory.stat": kept}.items():
         (tmp_path / name).write_text(f"{text}\n")
     monkeypatch.setattr(memory, "GROUP", tmp_path)
