@@ -23,6 +23,7 @@ def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) ->
     return int(module.main())
 
 
+@pytest.mark.slow
 def test_an_iteration_of_tether_does_the_work_that_the_workload_asks_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,6 +79,7 @@ def test_contestants_that_do_less_are_found_out(monkeypatch: pytest.MonkeyPatch)
         vs_trl.check_same_work(results)
 
 
+@pytest.mark.slow
 def test_drawing_counts_the_tokens_of_the_lengths_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     decoding, file = load("decoding", monkeypatch), tmp_path / "figures.json"
     asked = ("--quick", "--contestants", "tether", "--precision", "float32", "--json", str(file))

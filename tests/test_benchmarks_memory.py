@@ -43,6 +43,7 @@ def outputs(folder: Path) -> list[str]:
     return ["--json", str(folder / "out.json"), *pictures]
 
 
+@pytest.mark.slow
 @measured
 def test_scaling_runs(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "scaling.py"), "--quick", "--repeats", "1"]

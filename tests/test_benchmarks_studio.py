@@ -11,6 +11,7 @@ from tests.test_benchmarks import load, run
 from tether.runs import count_episodes
 
 
+@pytest.mark.slow
 def test_lists_episodes_and_training_are_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

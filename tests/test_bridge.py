@@ -782,8 +782,9 @@ def learned_sums(
 
 @pytest.mark.parametrize(
     ("below", "count", "iterations", "hidden", "rate", "entropy"),
-    [(3, 128, 60, 32, 2e-3, 0.03), pytest.param(10, 256, 200, 64, 1e-3, 0.02, marks=pytest.mark.slow)],
+    [(3, 128, 60, 32, 2e-3, 0.03), (10, 256, 200, 64, 1e-3, 0.02)],
 )
+@pytest.mark.slow
 def test_ppo_learns_sums_from_nothing_by_the_stepwise_road_alone(
     below: int, count: int, iterations: int, hidden: int, rate: float, entropy: float
 ) -> None:

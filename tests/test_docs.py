@@ -168,7 +168,12 @@ def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     return 0
 
 
-@pytest.mark.parametrize("page", RUN, ids=NAMES.get)
+LONG = {"control.md", "lora.md", "rewards.md"}  # pages whose commands take seconds
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=pytest.mark.slow) if p.name in LONG else p for p in RUN], ids=NAMES.get
+)
 def test_what_a_page_shows_is_run(
     page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -125,6 +125,7 @@ def kill_and_resume(commands: Commands, folder: Path, whole: Path, moment: Momen
     return state
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(folder: Path, whole: Path, commands: Commands) -> None:
     events = int(whole.with_suffix(".events").read_text())
     states = [

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from urllib.parse import quote
 
+import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 from tests.studio.browser.conftest import Studio, visit
@@ -71,6 +72,7 @@ def test_a_megabyte_comes_in_pieces(studio: Studio) -> None:
     assert len(block.inner_text()) > before + 10_000
 
 
+@pytest.mark.slow
 def test_axe_finds_nothing_serious_on_any_page(look: Callable[..., Studio]) -> None:
     """All rules in the light theme; those of colours again in the dark one."""
     studio = look(theme="light")
