@@ -104,6 +104,7 @@ def test_conversations_share_all_turns_up_to_where_they_part() -> None:
 
 
 ASKED = "\n\nHuman: What is 12 + 7?\n\nAssistant:"
+GREETED = "\n\nHuman: Hi\n\nAssistant:"
 QUESTION = "What is 12 + 7?"
 SYSTEM = {"role": "system", "content": "Be brief."}
 
@@ -118,6 +119,14 @@ SYSTEM = {"role": "system", "content": "Be brief."}
         (QUESTION, "19", "12", (QUESTION, "19", "12")),
         ("Say a", "Say another", "Say apple", ("Say a", "Say another", "Say apple")),  # goes on within a word
         ("Hello", "Hello there", "Hello you", ("Hello", "Hello there", "Hello you")),  # a word may be said again
+        ("首都はどこ？", "首都はどこ？東京", "首都はどこ？大阪", ("首都はどこ？", "東京", "大阪")),  # no spaces
+        ("首都是", "首都是北京", "首都是上海", ("首都是", "北京", "上海")),
+        (
+            "Hi",
+            "\n\nHuman: Hi\n\nAssistant: a",
+            "\n\nHuman: Hi\n\nAssistant: b",
+            ("\n\nHuman: Hi\n\nAssistant:", " a", " b"),
+        ),
         ([USER], [USER, KIND], [RUDE], ([USER], [KIND], [RUDE])),
         ([SYSTEM, USER], [USER, KIND], [USER, RUDE], ([SYSTEM, USER], [KIND], [RUDE])),
         ([SYSTEM, USER], [USER, KIND], [SYSTEM, USER, RUDE], ([SYSTEM, USER], [KIND], [RUDE])),
@@ -136,6 +145,7 @@ def test_a_prompt_that_the_responses_hold_is_read_once(prompt: Any, chosen: Any,
     [
         (ASKED, ASKED + " 19", " 12", "`chosen` holds the prompt, `rejected` does not; expected both or none"),
         (QUESTION, "19", QUESTION + " 12", "`rejected` holds the prompt, `chosen` does not"),
+        ("首都はどこ？", "首都はどこ？東京", "大阪", "`chosen` holds the prompt, `rejected` does not"),
         (QUESTION, ASKED + " 19", "12", "`chosen` holds the prompt, `rejected` does not"),
         (QUESTION, f"Q: {QUESTION} A: 19", f"Q: {QUESTION} A: 12", "hold the prompt, but do not begin with it"),
         ([USER], [USER | {"content": "Else?"}, KIND], [RUDE], "`chosen` begins with a message of the user that is not"),

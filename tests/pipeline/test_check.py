@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.models import EOS, KINDS, make_model, make_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tether
 from tether.cli import main
@@ -241,6 +243,25 @@ def test_what_may_be_meant_is_a_warning(folder: Path) -> None:
     assert "1 tensors that LlamaForCausalLM does not know (model.extra.weight)" in found(checked, "weights").text
     assert "'abZ" in found(checked, "tokenizer").text
     assert [finding.state for finding in checked.findings].count("warning") == 3
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (TEMPLATE.partition("{% if add_generation_prompt")[0], "writes nothing that begins an answer"),
+        ("hello{% if add_generation_prompt %}!{% endif %}", "row 1 and .*row 2 differ, and it renders them alike"),
+    ],
+)
+def test_a_template_that_does_not_tell_is_a_warning(template: str, message: str, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer.chat_template = template
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    prompts = [{"messages": [{"role": "user", "content": text}]} for text in ("ab", "c")]
+    config = PPOConfig(sampling=SamplingConfig(max_new_tokens=4))
+    parts = Parts(model, tokenizer, prompts, lambda completions, **_: [float(len(str(c))) for c in completions])
+    finding = found(check(config, parts, show=False), "chat template")
+    assert finding.state == "warning"
+    assert re.search(message, finding.text)
 
 
 def test_memory_that_is_not_there_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tether.errors import UserError, reason
 from tether.language.products import GradientOf, full_product, low_precision, product
 
 TILE = 2**20  # logits of one tile: few enough for the caches, enough for fast products
@@ -59,6 +60,10 @@ class Head:
             token = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
             asked = {"input_ids": token, "attention_mask": torch.ones_like(token)}  # 0 may be the id of padding
             logits = model(**asked, use_cache=False).logits.double().flatten()
+        except Exception as error:  # of whatever model this is
+            raise UserError(
+                f"{type(model).__name__} cannot read a token as a language model ({reason(error)})"
+            ) from error
         finally:
             handle.remove()
         if plain.shape != logits.shape:

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from tether.adapter_folders import adapts_classifier
+from tether.chat import ChatTemplate
 from tether.devices import choose_device
 from tether.errors import UserError, reason
 from tether.language.adapters import LoRAConfig, base_of, give_adapters, has_adapters, merge_adapters, read_adapters
@@ -39,6 +40,7 @@ from tether.pretrained import (
     quiet_outputs,
     without_bars,
 )
+from tether.tokens import encode_plain
 
 log = logging.getLogger(__name__)
 
@@ -220,13 +222,17 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids that end a response: the tokenizer's eos, and those of the generation config that it knows as special.
+    """Ids that end a response: the tokenizer's eos, and those of the generation config that are known to end something.
 
-    The second condition keeps a default id of a model class (2 for Llama) from ending responses of another tokenizer.
+    That is, to the tokenizer as special, or to its chat template as what comes after an answer. A default id of a model
+    class (2 for Llama) must not end responses of another tokenizer.
     """
     ends = {int(tokenizer.eos_token_id)}
     named: Any = getattr(model.generation_config, "eos_token_id", None)
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    chat = ChatTemplate(tokenizer)
+    if after := "" if chat.missing else chat.after_answer().lstrip():
+        special |= set(encode_plain(tokenizer, [after])[0][:1])
     for token_id in named if isinstance(named, list | tuple) else [named]:
         if token_id is not None and int(token_id) in special:
             ends.add(int(token_id))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tether.chat import ChatOptions, Conversation, said, variables_of
 from tether.errors import UserError
 from tether.language.rows import Row, load_rows, plain_rows
+from tether.tokens import shared_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,6 +27,7 @@ Messages = list[dict[str, Any]]
 Text = str | Messages
 
 ASSISTANT = "\n\nAssistant:"  # what a response follows in the dialogues of Bai et al. 2022 (HH)
+LONGEST_WORD = 12  # characters: a prompt of one is no question, and a response may begin with the same
 LISTED_ROWS = 10  # a warning names so many rows
 TRUE, FALSE = ("true", "1", "yes", "tie"), ("false", "0", "no", "chosen", "")  # as files write them
 
@@ -308,20 +310,20 @@ def _texts_after(
     if config.responses == "alone":
         return prompt, chosen, rejected
     whole = config.responses == "whole"
-    if len(prompt.split()) < 2 and not whole:  # a word may well be said again
-        return prompt, chosen, rejected
+    word = _is_word(prompt) and not whole  # which a response may well begin with
     names = config.chosen_column, config.rejected_column
-    ends = [end_of_prompt(prompt, side) for side in (chosen, rejected)]
+    ends = [0 if word else end_of_prompt(prompt, side) for side in (chosen, rejected)]
     if all(ends):
         return prompt, chosen[ends[0] :], rejected[ends[1] :]
-    within = [prompt.strip() in side[: max(0, side.rfind(ASSISTANT))] for side in (chosen, rejected)]
+    asked = prompt.strip()
+    within = [asked != "" and asked in side[: max(0, side.rfind(ASSISTANT))] for side in (chosen, rejected)]
     if all(within):
         return _text_apart(chosen, rejected, where)
     remedy = "; set `responses` to alone where they are responses that repeat it"
     if any(ends) or any(within):
         holds, other = names if ends[0] or within[0] else names[::-1]
         raise UserError(f"{where}: `{holds}` holds the prompt, `{other}` does not; expected both or none{remedy}")
-    if chosen[: _shared(chosen, rejected)].lstrip().find(prompt.strip()) > 0:
+    if not word and chosen[: shared_length(chosen, rejected)].lstrip().find(prompt.strip()) > 0:
         raise UserError(
             f"{where}: `{names[0]}` and `{names[1]}` hold the prompt, but do not begin with it; expected the responses "
             f"alone, or whole dialogues that begin with it{remedy}"
@@ -334,19 +336,49 @@ def _texts_after(
 
 
 def end_of_prompt(prompt: str, text: str) -> int:
-    """Where a prompt that a text begins with ends in it; 0 where it does not, or goes on within a word."""
+    """Where a prompt that a text begins with ends in it; 0 where it does not, or goes on within a word.
+
+    Scripts without capitals, such as Chinese, have no words that could be told here.
+    """
     exact = text.startswith(prompt)
     said = prompt if exact else prompt.strip()
     start = 0 if exact else len(text) - len(text.lstrip())
     end = start + len(said)
     if not said or not text.startswith(said, start):
         return 0
-    return 0 if said[-1].isalnum() and text[end : end + 1].isalnum() else end
+    return 0 if _in_word(said[-1]) and _in_word(text[end : end + 1]) else end
+
+
+def begins_with(prompt: str, text: str) -> bool:
+    """Whether a response is a whole text that holds its prompt, rather than one that begins with the same word."""
+    return not _is_word(prompt) and end_of_prompt(prompt, text) > 0
+
+
+def warn_of_repeats(texts: Sequence[tuple[str, str]], places: Sequence[str], column: str) -> None:
+    """Say so where responses to prompts, (prompt, response) each, are whole texts: the prompts are then read twice."""
+    repeats = [place for pair, place in zip(texts, places, strict=True) if begins_with(*pair)]
+    if repeats:
+        logger.warning(
+            "%s: `%s` begins with the prompt (%d of %d rows do), so that it is read twice; leave it out unless "
+            "responses are to repeat it",
+            repeats[0],
+            column,
+            len(repeats),
+            len(texts),
+        )
+
+
+def _is_word(prompt: str) -> bool:
+    return len(prompt.split()) < 2 and len(prompt.strip()) <= LONGEST_WORD and prompt.strip().isascii()
+
+
+def _in_word(character: str) -> bool:
+    return character.isdigit() or character.lower() != character.upper()
 
 
 def _text_apart(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
     """The prompt goes through the last `Assistant:` that both share."""
-    place = chosen.rfind(ASSISTANT, 0, _shared(chosen, rejected))
+    place = chosen.rfind(ASSISTANT, 0, shared_length(chosen, rejected))
     if place < 0:
         raise UserError(
             f"{where}: there is no prompt, and the two responses do not begin with a shared dialogue that has a turn "
@@ -354,12 +386,6 @@ def _text_apart(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
         )
     end = place + len(ASSISTANT)
     return chosen[:end], chosen[end:], rejected[end:]
-
-
-def _shared(chosen: str, rejected: str) -> int:
-    """Characters that both begin with."""
-    most = min(len(chosen), len(rejected))
-    return next((place for place in range(most) if chosen[place] != rejected[place]), most)
 
 
 def _conversations_apart(chosen: Messages, rejected: Messages, where: str) -> tuple[Messages, Messages, Messages]:

@@ -129,6 +129,9 @@ def _template(
             words = "the tokenizer has one, but the prompts are plain text; add --prompts.chat for a chat model"
             return Finding("chat template", "ok", words)
         return Finding("chat template", "ok", "none, and the prompts are plain text")
+    fault = _does_not_tell(ChatTemplate(tokenizer), prompts)
+    if fault:
+        return Finding("chat template", "warning", fault)
     turn = _turn_end(tokenizer)
     name = "" if turn is None else _text(tokenizer, turn)
     if turn is not None and turn not in ends and not any(stop in name for stop in config.sampling.stop):
@@ -140,6 +143,21 @@ def _template(
         )
     closing = "" if turn is None else f"; it ends a turn with {_named(tokenizer, [turn])}"
     return Finding("chat template", "ok", f"renders all {len(prompts):,} prompts{closing}")
+
+
+def _does_not_tell(chat: ChatTemplate, prompts: Sequence[Prompt]) -> str:
+    """What a template leaves out that a policy has to see; empty where it is all there."""
+    first = prompts[0]
+    assert not isinstance(first.source, str)
+    if chat.render(first.source, first.place) == chat.render(first.source, first.place, generation_prompt=True):
+        return (
+            "it writes nothing that begins an answer (it ignores add_generation_prompt), so that the policy goes on "
+            "with the user's turn; mend it, or name another by --prompts.chat-template"
+        )
+    other = next((prompt for prompt in prompts if prompt.source != first.source), None)
+    if other is not None and other.token_ids == first.token_ids:
+        return f"{first.place} and {other.place} differ, and it renders them alike: does it read the messages?"
+    return ""
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:

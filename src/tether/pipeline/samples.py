@@ -6,7 +6,6 @@ files, models or training.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,12 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from tether.chat import ChatOptions, ChatTemplate, Conversation, variables_of
 from tether.errors import UserError
 from tether.language.packing import TokenizedSamples
-from tether.language.preferences import answer_to, end_of_prompt
+from tether.language.preferences import answer_to, warn_of_repeats
 from tether.language.rows import plain_rows
 from tether.pipeline.supervised import fate_of
 from tether.tokens import shared_length, tokenize_behind, tokenize_text
-
-logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 Turns = Literal["all", "last", "each"]
@@ -205,27 +202,9 @@ def _prompt_samples(rows: Sequence[Row], chat: ChatTemplate, row_format: RowForm
         after = answer_to(before, after, f"{place}, column `{row_format.completion_column}`")
         conversation = Conversation([*before, *after], variables_of(row, place))
         samples.append(_conversations(conversation, len(before), chat, row_format.turns, place))
-    _warn_of_repeats(texts, text_places, row_format)
+    warn_of_repeats(texts, text_places, row_format.completion_column)
     of_text = iter(_join([p for p, _ in texts], [c for _, c in texts], chat.tokenizer, text_places))
     return [[next(of_text)] if sample is None else sample for sample in samples]
-
-
-def _warn_of_repeats(texts: Sequence[tuple[str, str]], places: Sequence[str], row_format: RowFormat) -> None:
-    """Say so where completions are whole texts: their prompts are then read twice, and learned."""
-    repeats = [
-        place
-        for (prompt, completion), place in zip(texts, places, strict=True)
-        if len(prompt.split()) > 1 and end_of_prompt(prompt, completion)
-    ]
-    if repeats:
-        logger.warning(
-            "%s: `%s` begins with the prompt (%d of %d rows do), so that it is read twice and learned; leave it out "
-            "unless responses are to repeat it",
-            repeats[0],
-            row_format.completion_column,
-            len(repeats),
-            len(texts),
-        )
 
 
 def _join(

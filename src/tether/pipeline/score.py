@@ -16,7 +16,7 @@ from rich.console import Console
 
 from tether.chat import ChatOptions, Conversation, variables_of
 from tether.errors import UserError
-from tether.language.preferences import response_to
+from tether.language.preferences import response_to, warn_of_repeats
 from tether.language.rows import Row, load_rows
 from tether.pipeline.generate import check_output, open_rows, write_row
 from tether.pipeline.opening_language import describe_policy
@@ -159,6 +159,9 @@ def _rows(config: ScoreConfig) -> tuple[list[Row], str]:
         if isinstance(row[config.prompt_column], str) and not isinstance(row[response], str):
             raise UserError(f"{place}: `{config.prompt_column}` is text and `{response}` messages; expected one form")
         response_to(row[config.prompt_column], row[response], f"{place}: column `{response}`")
+    texts = [(row[config.prompt_column], row[response]) for row in rows]
+    if all(isinstance(text, str) for pair in texts for text in pair):
+        warn_of_repeats(texts, [f"{config.data}, row {number}" for number in range(1, len(rows) + 1)], response)
     return rows, response
 
 
