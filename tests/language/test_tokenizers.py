@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models import CountingRewards, make_model, plain_forward
+from tests.models import EOS, CountingRewards, make_model, make_tokenizer, plain_forward, token
 from tests.tokenizers_of_kinds import KINDS
 from transformers import PreTrainedTokenizerFast
 
@@ -264,3 +264,12 @@ def test_a_special_token_that_stops_is_no_text_and_stops_in_both_environments(
     )
     env.reset()
     assert [env.step(token)[2] for token in ended] == [False] * len(ids) + [True]
+
+
+def test_a_turns_end_that_is_no_special_token_ends_responses_where_the_model_names_it() -> None:
+    model, tokenizer = make_model(), make_tokenizer()
+    end = token("f")
+    model.generation_config.eos_token_id = [EOS, end]
+    assert end_token_ids(model, tokenizer) == (EOS,)  # it may be the default of a class, and a piece of text here
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}f{% endfor %}"
+    assert end_token_ids(model, tokenizer) == (EOS, end)
