@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models import EOS, CountingRewards, make_model, make_tokenizer, plain_forward, token
+from tests.models import EOS, CountingRewards, make_model, make_tokenizer, plain_forward
 from tests.tokenizers_of_kinds import KINDS
 from transformers import PreTrainedTokenizerFast
 
@@ -268,7 +268,7 @@ def test_a_special_token_that_stops_is_no_text_and_stops_in_both_environments(
 
 def test_a_turns_end_that_is_no_special_token_ends_responses_where_the_model_names_it() -> None:
     model, tokenizer = make_model(), make_tokenizer()
-    end = token("f")
+    end = tokenizer.convert_tokens_to_ids("f")
     model.generation_config.eos_token_id = [EOS, end]
     assert end_token_ids(model, tokenizer) == (EOS,)  # it may be the default of a class, and a piece of text here
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}f{% endfor %}"
