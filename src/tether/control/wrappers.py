@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any, SupportsFloat
 
 import gymnasium
@@ -134,10 +135,13 @@ class Checked(Wrapper):
         )
 
     def _number(self, reward: SupportsFloat) -> float:
-        if isinstance(reward, (int, float, np.number, np.bool_)) or (
+        if isinstance(reward, (int, float, np.integer, np.floating, np.bool_)) or (
             isinstance(reward, np.ndarray) and reward.shape == () and reward.dtype.kind in "fiub"
         ):
-            return float(reward)
+            try:
+                return float(reward)
+            except OverflowError:
+                raise UserError(f"{self._here()}: the reward is too large for a float, expected a number") from None
         found = f"shape {reward.shape}" if isinstance(reward, np.ndarray) else f"a {type(reward).__name__}"
         raise UserError(f"{self._here()}: the reward is {found}, expected one number: return `float(reward)`")
 
@@ -186,7 +190,7 @@ class ActionRepeat(Wrapper):
         """The last observation, flags and info, and the sum of the rewards."""
         total = 0.0
         for _ in range(self._times):
-            observation, reward, terminated, truncated, info = self.env.step(action)
+            observation, reward, terminated, truncated, info = self.env.step(copy(action))  # which it may change
             total += float(reward)
             if terminated or truncated:
                 break
