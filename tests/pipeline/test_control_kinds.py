@@ -558,3 +558,35 @@ def test_a_reward_that_is_no_float_is_refused_in_a_line(reward: Any) -> None:
         environments.reset()
         with pytest.raises(UserError, match="step 1 of its episode: the reward"):
             environments.step(np.zeros((1, 1)))
+
+
+class Panic(BaseException):
+    """As libraries that are written in Rust raise."""
+
+
+@pytest.mark.parametrize("place", ["step", "reset", "close", "render"])
+def test_what_is_no_exception_is_a_line_too(
+    place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def panic(*_: Any, **__: Any) -> Any:
+        raise Panic("index out of bounds")
+
+    env = Draws("its own")
+    monkeypatch.setattr(env, place, panic, raising=False)
+    with Environments.of([env], 1) as environments:
+        if place == "close":
+            environments.close()
+            assert "close failed: Panic: index out of bounds" in caplog.text
+            return
+        with pytest.raises(UserError, match="Panic: index out of bounds"):
+            films.render(env, "it") if place == "render" else environments.step(0 * environments.reset()[:, :1])
+
+
+def test_a_real_interruption_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    env = Draws("its own")
+    monkeypatch.setattr(env, "reset", interrupted)
+    with Environments.of([env], 1) as environments, pytest.raises(KeyboardInterrupt):
+        environments.reset()

@@ -21,7 +21,7 @@ from tether.control.infos import batched_success, final_observations
 from tether.control.kept import States, bring_states, digests_of, freeze, kept_layers, layers, states_of
 from tether.control.loading import one_line_errors, reason_of
 from tether.control.vectors import Flags, Numbers
-from tether.errors import UserError
+from tether.errors import STOPS, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,9 @@ class Automatic:
         """
         try:
             seen, rewards, terminated, truncated, infos = self._vector.step(actions)
-        except (Exception, SystemExit) as error:
+        except STOPS:
+            raise
+        except BaseException as error:
             raise UserError(f"{self._label}: step raised {reason_of(error)}") from error
         terminated, truncated = np.array(terminated, dtype=np.bool_), np.array(truncated, dtype=np.bool_)
         observations = successors = np.array(seen)

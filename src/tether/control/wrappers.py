@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tether.control.kept import States, bring_states, digests_of, freeze, kept_layers, layers, states_of
 from tether.control.loading import one_line_errors, reason_of
-from tether.errors import UserError
+from tether.errors import STOPS, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +56,9 @@ class Checked(Wrapper):
             self._spaces.seed(seed)
         try:
             result = self.env.reset(seed=seed, options=options)
-        except UserError:
+        except (UserError, *STOPS):
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             raise UserError(f"{self.label}: reset raised {reason_of(error)}") from error
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
             found = f"{len(result)} values" if isinstance(result, tuple) else f"a {type(result).__name__}"
@@ -71,9 +71,9 @@ class Checked(Wrapper):
         self._steps += 1
         try:
             result = self.env.step(action)
-        except UserError:
+        except (UserError, *STOPS):
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             raise UserError(f"{self._here()}: step raised {reason_of(error)}") from error
         if not isinstance(result, tuple) or len(result) != 5:
             found = f"{len(result)} values" if isinstance(result, tuple) else f"a {type(result).__name__}"
