@@ -162,11 +162,11 @@ def test_success_is_told_of_the_episode_that_ended(final: Any, counters: str) ->
     assert steps[1].success == pytest.approx([1, np.nan], nan_ok=True)
 
 
-def test_a_flag_beside_final_info_counts_and_one_within_goes_before_it() -> None:
+def test_a_flag_beside_final_info_counts_where_there_is_none_within() -> None:
     beside = {"is_success": np.array([True, True]), "final_info": {"x": 1}}
     assert batched_success(beside, 2) == pytest.approx([1, 1])
     both = {**beside, "final_info": {"success": np.array([False, False]), "_success": np.array([True, False])}}
-    assert batched_success(both, 2) == pytest.approx([0, 1])
+    assert batched_success(both, 2) == pytest.approx([0, np.nan], nan_ok=True)
     assert batched_success({"final_info": [{"success": True}, None]}, 2) == pytest.approx([1, np.nan], nan_ok=True)
 
 

@@ -268,7 +268,7 @@ def test_what_fails_when_an_environment_is_closed_is_a_line(tmp_path: Path, capl
     ("place", "said", "error"),
     [
         ("tether.control.films.render", "no film, and training goes on", SystemExit()),
-        ("tether.runs.folder.Run._open_tensorboard", "TensorBoard: ", RuntimeError("lost")),
+        ("tether.runs.folder.Run._open_tensorboard", "TensorBoard: ", BaseException("lost")),
         ("tether.runs.folder.Run.log_episodes", "episodes: ", OSError("full")),
         ("tether.pipeline.training.Progress.iteration", "the display: ", BrokenPipeError("gone")),
     ],

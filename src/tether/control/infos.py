@@ -67,15 +67,14 @@ def batched_success(infos: Any, count: int) -> Numbers | None:
     """Success (N,) from the info of a vector environment: arrays beside masks of who says it, or a dict of each.
 
     Where an environment has begun the next episodes already, `final_info` holds what was said of the steps that ended
-    the last ones. It goes before what stands beside it.
+    the last ones. What stands beside it counts where it says nothing of success.
 
     Raises:
         UserError: a mask is none.
     """
     final = infos.get("final_info") if isinstance(infos, Mapping) else None
-    said = _success(infos, count)
     last = None if final is None else _success(final, count)
-    return said if last is None else last if said is None else np.where(np.isnan(last), said, last)
+    return _success(infos, count) if last is None else last
 
 
 def _success(infos: Any, count: int) -> Numbers | None:

@@ -178,7 +178,7 @@ def _try_out(environments: Environments, actor: Actor) -> None:
     if not changed and not all(map(np.array_equal, one, other)):
         logger.warning(
             "%s: the same seed began two different episodes, so that none can be repeated, by --resume, --eval or for "
-            "a film: call super().reset(seed=seed) in its reset and draw from self.np_random",
+            "a film: call super().reset(seed=seed) in its reset, draw from self.np_random, and keep nothing in between",
             environments.label,
         )
 
