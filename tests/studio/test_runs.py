@@ -201,7 +201,7 @@ def test_the_folder_is_looked_through_once_a_second_however_many_ask(
     make_run(tmp_path / "run")
     looks = []
     walk = runs._folders
-    monkeypatch.setattr(runs, "_folders", lambda root: looks.append(root) or walk(root))
+    monkeypatch.setattr(runs, "_folders", lambda root, deeper: looks.append(root) or walk(root, deeper))
     catalogue = Catalogue(tmp_path)
     for _ in range(50):
         catalogue.runs()
