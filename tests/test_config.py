@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from tether.config import config_from_dict, config_to_dict, dump_config, load_config
 from tether.errors import UserError
-from tether.yaml_file import read_yaml
+from tether.yaml_file import dump_yaml, parse_yaml, read_yaml
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,24 @@ def test_yaml_number_without_a_dot_is_a_number(tmp_path: Path) -> None:
         found = load("--config", str(file)).learner.learning_rate
         assert found == number
         assert isinstance(found, float)
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("None", None),
+        ("nan", math.nan),
+        ("NaN", math.nan),
+        ("y", "y"),
+        ("n", "n"),
+        ("'None'", "None"),
+        ("'nan'", "nan"),
+    ],
+)
+def test_nothing_and_no_number_are_taken_as_people_write_them(word: str, value: Any) -> None:
+    found = parse_yaml(f"{{a: {{b: [{word}]}}}}")["a"]["b"][0]
+    again = parse_yaml(dump_yaml({"a": found}))["a"]
+    assert [repr(found), repr(again)] == [repr(value)] * 2
 
 
 def test_text_that_looks_like_a_number_stays_text_where_text_fits() -> None:

@@ -12,6 +12,11 @@ class UserError(Exception):
     """
 
 
+STOPS = (KeyboardInterrupt, GeneratorExit)
+"""What ends a program from outside. Whatever else is raised in what a user brought is a mistake there: SystemExit too,
+and what a library derives from BaseException, such as the panics of one that is written in Rust."""
+
+
 class RewardError(UserError):
     """A reward function raised, hung or returned something that is not one finite number per completion."""
 

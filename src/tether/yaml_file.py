@@ -1,7 +1,9 @@
 """YAML with a mapping at the top: read with errors of one line, written so that it comes back equal.
 
-Numbers are those that people write: `1e-3`, `1.5e3`, `+.5` and `+inf` too, which YAML 1.1 takes for text; `010` is ten,
-and `12:30` and `2026-01-31` are text. Knows nothing of what the fields mean.
+Numbers are those that people write: `1e-3`, `1.5e3`, `+.5`, `+inf` and `nan` too, which YAML 1.1 takes for text; `010`
+is ten, and `12:30` and `2026-01-31` are text. `None` is null; `y` and `n` are text.
+
+Knows nothing of what the fields mean.
 """
 
 from __future__ import annotations
@@ -90,8 +92,9 @@ def one_line(text: str) -> str:
 _INTEGER = re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0o[0-7_]+|[0-9][0-9_]*)$")
 _FLOAT = re.compile(
     r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$"
-    r"|[-+]?\.?(?:inf|Inf|INF)$|[-+]?(?:infinity|Infinity)$|\.(?:nan|NaN|NAN)$"
+    r"|[-+]?\.?(?:inf|Inf|INF)$|[-+]?(?:infinity|Infinity)$|\.?(?:nan|NaN|NAN)$"
 )
+_NULL = re.compile(r"None$")
 _TAG = "tag:yaml.org,2002:"
 _OTHERWISE = {f"{_TAG}{name}" for name in ("int", "float", "timestamp")}  # PyYAML's, of YAML 1.1
 
@@ -129,5 +132,6 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _ExactDumper.add_representer(str, _represent_text)
 for _class in (_Loader, _ExactDumper):  # the dumper quotes text that would be read as a number
     _class.add_implicit_resolver(f"{_TAG}int", _INTEGER, list("-+0123456789"))
-    _class.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789.iI"))
+    _class.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789.iInN"))
+    _class.add_implicit_resolver(f"{_TAG}null", _NULL, ["N"])
 _Loader.add_constructor(f"{_TAG}int", _Loader.construct_yaml_int)

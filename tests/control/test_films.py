@@ -223,3 +223,25 @@ def test_a_film_that_cannot_begin_is_refused(tmp_path: Path) -> None:
     film.roll()
     with pytest.raises(UserError, match="render returned NoneType"):
         film(SimpleNamespace(metadata={}, render=lambda: None), True)
+
+
+def test_a_long_narrow_frame_is_shrunk() -> None:
+    assert shrink(np.full((1, 5000, 3), 7, np.uint8)).shape == (1, 200, 3)
+    assert shrink(np.full((1999, 3, 3), 7, np.uint8)).shape[1] == 1
+
+
+@pytest.mark.parametrize(("limit", "value"), [("MOST_KEPT", 10), ("MOST_BYTES", 10 * 2 * 2 * 3)])
+def test_a_film_of_any_length_has_bounded_memory_and_its_pace(
+    limit: str, value: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(films, limit, value)
+    film = films.Film(str(tmp_path / "film.gif"))
+    film.roll()
+    shown = SimpleNamespace(metadata={"render_fps": 10})
+    for step in range(100):
+        shown.render = lambda step=step: np.full((2, 2, 3), step, np.uint8)
+        film(shown, step == 0)
+        assert len(film._frames) <= 10
+    assert [int(frame[0, 0, 0]) for frame in film._frames] == list(range(0, 100, 16))
+    assert film.finish()
+    assert imageio.immeta(tmp_path / "film.gif")["duration"] == 1600

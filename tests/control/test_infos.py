@@ -160,3 +160,34 @@ def test_success_is_told_of_the_episode_that_ended(final: Any, counters: str) ->
         say=lambda s, o: {"final_obs": s, "final_info": final, "success": [0, 0]},
     )
     assert steps[1].success == pytest.approx([1, np.nan], nan_ok=True)
+
+
+def test_a_flag_beside_final_info_counts_where_there_is_none_within() -> None:
+    beside = {"is_success": np.array([True, True]), "final_info": {"x": 1}}
+    assert batched_success(beside, 2) == pytest.approx([1, 1])
+    both = {**beside, "final_info": {"success": np.array([False, False]), "_success": np.array([True, False])}}
+    assert batched_success(both, 2) == pytest.approx([0, np.nan], nan_ok=True)
+    assert batched_success({"final_info": [{"success": True}, None]}, 2) == pytest.approx([1, np.nan], nan_ok=True)
+
+
+@pytest.mark.parametrize("value", [True, np.True_, np.array(True), torch.tensor(True)])
+def test_one_flag_of_a_vector_environment_counts_where_there_is_one(
+    value: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert batched_success({"success": value}, 1) == pytest.approx([1])
+    with caplog.at_level(logging.WARNING):
+        assert batched_success({"success": value}, 2) is None
+    assert ["expected one for each of 2" in line for line in caplog.messages] == [True]
+
+
+@pytest.mark.parametrize("mask", [[1], np.array([1]), [0, 1], torch.tensor([True])])
+def test_a_mask_is_true_or_false_for_each(mask: Any) -> None:
+    seen, over = np.zeros((2, 1)), np.array([False, True])
+    with pytest.raises(UserError, match="`_final_obs` in the info has shape"):
+        infos.final_observations({"final_obs": np.ones((2, 1)), "_final_obs": mask}, over, seen, "it")
+    with pytest.raises(UserError, match="`_success` in the info has shape"):
+        batched_success({"success": np.ones(2), "_success": mask}, 2)
+
+
+def test_a_flag_beyond_floats_is_none() -> None:
+    assert flag_of({"success": 10**400}) is None

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gymnasium
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
+from gymnasium.vector import VectorObservationWrapper, VectorWrapper
+from gymnasium.wrappers import NormalizeObservation
+from gymnasium.wrappers import vector as vector_wrappers
 from tests.control import test_environments, test_infos, test_world, zoo
 from tests.run_folders import metric_lines, newest_checkpoint
 
 from tether.cli import main
 from tether.config import config_from_dict
+from tether.control import films
 from tether.control.acting import Actor
 from tether.control.environments import Environments, EnvironmentsConfig
+from tether.control.kept import to_arrays
+from tether.control.policy import ControlPolicy, NetworkConfig
 from tether.control.world import ControlCollectConfig
+from tether.control.wrappers import ActionRepeat
+from tether.errors import UserError
 from tether.pipeline.control import (
     ControlConfig,
     ControlEvalConfig,
     ControlEvaluation,
+    _try_out,
     build_control,
     evaluate_control,
     load_actor,
@@ -256,7 +268,7 @@ def test_what_fails_when_an_environment_is_closed_is_a_line(tmp_path: Path, capl
     ("place", "said", "error"),
     [
         ("tether.control.films.render", "no film, and training goes on", SystemExit()),
-        ("tether.runs.folder.Run._open_tensorboard", "TensorBoard: ", RuntimeError("lost")),
+        ("tether.runs.folder.Run._open_tensorboard", "TensorBoard: ", BaseException("lost")),
         ("tether.runs.folder.Run.log_episodes", "episodes: ", OSError("full")),
         ("tether.pipeline.training.Progress.iteration", "the display: ", BrokenPipeError("gone")),
     ],
@@ -297,3 +309,284 @@ def test_numbers_in_options_are_numbers(tmp_path: Path) -> None:
         assert main([*command, *small, *way]) == 0
         assert json.loads((tmp_path / "told").read_text()) == [0.001, 1000, 0.5, -200000.0, "1e3"]
     assert main(["control", "--resume", str(tmp_path / "run"), "--total-steps", "16"]) == 0
+
+
+# Native environments, tried as they were trained -------------------------------------------------------------------
+
+
+class Turned(VectorObservationWrapper):  # type: ignore[type-arg]
+    """A user's own wrapper of the vector environment, which the single one has not."""
+
+    def observations(self, observations: Any) -> Any:
+        return -observations
+
+
+class Counting(VectorWrapper):  # type: ignore[type-arg]
+    """Takes something along from one episode to the next."""
+
+    begun = 0
+
+    def reset(self, **options: Any) -> Any:
+        self.begun += 1
+        return self.env.reset(**options)
+
+
+@pytest.fixture
+def native_ids() -> Iterator[None]:
+    def register(name: str, vector: Any) -> None:
+        single = "gymnasium.envs.classic_control.cartpole:CartPoleEnv"
+        gymnasium.register(name, entry_point=single, vector_entry_point=vector, max_episode_steps=20)
+
+    def turned(num_envs: int = 1, **options: Any) -> Any:
+        return Turned(vector_wrappers.NormalizeObservation(CartPoleVectorEnv(num_envs, **options)))
+
+    register("Kinds/Turned-v0", turned)
+    register("Kinds/Blind-v0", lambda num_envs=1, max_episode_steps=20: CartPoleVectorEnv(num_envs, max_episode_steps))
+    register("Kinds/Counting-v0", lambda num_envs=1, **options: Counting(CartPoleVectorEnv(num_envs, **options)))
+    yield
+    for name in ("Turned", "Blind", "Counting"):
+        gymnasium.registry.pop(f"Kinds/{name}-v0")
+
+
+def test_what_was_trained_natively_is_tried_natively(native_ids: None, tmp_path: Path) -> None:
+    run = train(settings(tmp_path / "run", "Kinds/Turned-v0", "auto", longest_episode=20))
+    config = config_from_dict(ControlConfig, read_config(run), "")
+    saved = load_state(newest_checkpoint(run)[1], "trainer")["world"]["environments"]
+    with Environments.to_try(config.env, config.environments, 3) as trying:
+        assert trying.kind == "native"
+        trying.bring_gathered(saved)
+        moments = dict(to_arrays(saved["wrappers"])[0][1])["NormalizeObservation"]
+        first = trying.reset()
+        drawn = CartPoleVectorEnv(1, 20).reset(seed=trying._seed_of(0, before=1))[0]
+        assert first == pytest.approx(-(drawn - moments["mean"]) / np.sqrt(moments["var"] + 1e-8), rel=1e-5)
+        assert float(trying.state_dict()["wrappers"][0][1][0][1]["count"]) == pytest.approx(float(moments["count"]))
+    with (
+        Environments.to_try(config.env, replace(config.environments, vectorization="sync"), 3) as single,
+        pytest.raises(UserError, match="wrapper `NormalizeObservation` had gathered, but there is none"),
+    ):
+        single.bring_gathered(saved)
+    film = tmp_path / "film.mp4"
+    assert tried(run, 2, seed=1) == tried(run, 2, seed=1, record=str(film))
+    assert len(imageio.imread(film)) == tried(run, 1, seed=1).lengths[0] + 1
+
+
+def test_a_native_environment_that_renders_nothing_is_not_filmed_as_another(native_ids: None, tmp_path: Path) -> None:
+    run = train(settings(tmp_path / "run", "Kinds/Blind-v0", "native", longest_episode=20))
+    assert len(tried(run, 2).returns) == 2
+    with pytest.raises(UserError, match="takes no `render_mode`, so its episodes cannot be filmed"):
+        tried(run, 1, record=str(tmp_path / "film.gif"))
+
+
+# Wrappers that keep something in other places ----------------------------------------------------------------------
+
+
+class Filter:
+    """Called with each observation, of which it keeps the mean."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(self, observation: Any) -> Any:
+        self.seen += 1
+        return observation
+
+
+class Slots:
+    __slots__ = ("seen",)
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+
+class Holding(gymnasium.ObservationWrapper[Any, Any, Any]):
+    def __init__(self, env: Any, held: Any) -> None:
+        super().__init__(env)
+        self.held = held
+
+    def observation(self, observation: Any) -> Any:
+        if callable(self.held):
+            return self.held(observation)
+        self.held.seen += 1
+        return observation
+
+
+class OwnNormalise(NormalizeObservation):  # type: ignore[type-arg]
+    """gymnasium's, with something of its own."""
+
+    begun = 0
+
+    def reset(self, **options: Any) -> Any:
+        self.begun += 1
+        return super().reset(**options)
+
+
+class SavedNormalise(OwnNormalise):
+    def state_dict(self) -> dict[str, Any]:
+        return {"begun": self.begun}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.begun = state["begun"]
+
+
+HOLDERS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "callable": (lambda env: Holding(env, Filter()), "Holding.held"),
+    "slots": (lambda env: Holding(env, Slots()), "Holding.held"),
+    "given to gymnasium's": (
+        lambda env: gymnasium.wrappers.TransformObservation(env, Filter(), None),
+        "TransformObservation.func",
+    ),
+    "a class of one that is kept": (OwnNormalise, "OwnNormalise.begun"),
+}
+
+
+def of(wrap: Callable[[Any], Any], count: int = 1) -> Environments:
+    return Environments.of([wrap(zoo.make_env()) for _ in range(count)], 1)
+
+
+def try_out(environments: Environments) -> None:
+    space = environments.observation_space
+    _try_out(environments, Actor(ControlPolicy(space, environments.action_space, NetworkConfig(hidden=(4,)))))
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_state_in_any_place_is_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    wrap, place = HOLDERS[name]
+    with caplog.at_level(logging.WARNING), of(wrap) as environments:
+        try_out(environments)
+    assert [place in line for line in caplog.messages] == [True]
+
+
+def test_state_of_a_vector_environments_wrapper_is_named(native_ids: None, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), Environments("Kinds/Counting-v0", EnvironmentsConfig(2), 1) as environments:
+        assert environments.kind == "native"
+        try_out(environments)
+    assert ["`Counting.begun`" in line for line in caplog.messages] == [True]
+
+
+def test_a_class_of_gymnasiums_keeps_its_own_state_too(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), of(SavedNormalise) as first, of(SavedNormalise) as second:
+        try_out(first)
+        assert not caplog.messages
+        first.reset()
+        first.step(np.zeros(1))
+        second.bring_gathered(first.state_dict())
+        (_, mine), (_, other) = first.state_dict()["wrappers"][0], second.state_dict()["wrappers"][0]
+    assert dict(mine)["SavedNormalise"]["own"] == dict(other)["SavedNormalise"]["own"] == {"dict": [["begun", 1]]}
+    assert dict(mine)["SavedNormalise"]["mean"].equal(dict(other)["SavedNormalise"]["mean"])
+
+
+# Seeds, actions, numbers -------------------------------------------------------------------------------------------
+
+
+class Draws(zoo.Zoo):
+    def __init__(self, how: str) -> None:
+        super().__init__("continuous", "", "rgb_array")
+        self.how = how
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        return super().reset(seed=None if self.how == "no seed" else seed)
+
+    def seen(self) -> Any:
+        if self.how == "a generator of its own":
+            return np.random.default_rng().normal(size=2).astype(np.float32)
+        if self.how == "everyone's":
+            return np.random.normal(size=2).astype(np.float32)  # noqa: NPY002
+        return super().seen()
+
+    def step(self, action: Any) -> Any:
+        result = super().step(action)
+        if self.how == "changes its action":
+            action *= 3
+        return result
+
+    def render(self) -> Any:
+        self.np_random.normal()
+        np.random.normal()  # noqa: NPY002
+        return super().render()
+
+
+@pytest.mark.parametrize(
+    ("how", "lines"), [("no seed", 1), ("a generator of its own", 1), ("everyone's", 0), ("its own", 0)]
+)
+def test_an_environment_that_its_seed_does_not_decide_is_told(
+    how: str, lines: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING), Environments.of([Draws(how)], 1) as environments:
+        try_out(environments)
+    assert sum("the same seed began two different episodes" in line for line in caplog.messages) == lines
+    assert len(caplog.messages) == lines
+
+
+def test_an_action_that_is_changed_in_place_is_changed_for_nobody_else() -> None:
+    actions = np.full((1, 1), 0.5, np.float32)
+    with Environments.of([Draws("changes its action")], 1) as environments:
+        environments.reset()
+        environments.step(actions)
+        assert environments.state_dict()["actions"].tolist() == [[[0.5]]]
+    repeated = ActionRepeat(Draws("changes its action"), 2)
+    repeated.reset(seed=1)
+    assert repeated.step(np.ones(1, np.float32))[1] == pytest.approx(1.1 + 1.2)
+    assert actions.tolist() == [[0.5]]
+
+
+def test_rendering_draws_from_no_generator_of_the_episode() -> None:
+    shown, unseen = Draws("its own"), Draws("its own")
+    for env in (shown, unseen):
+        env.reset(seed=5)
+    np.random.seed(3)  # noqa: NPY002
+    before = np.random.get_state()[1].copy()  # type: ignore[index,union-attr]  # noqa: NPY002
+    films.render(shown, "it")
+    assert (np.random.get_state()[1] == before).all()  # type: ignore[index,union-attr]  # noqa: NPY002
+    action = np.zeros(1, np.float32)
+    assert np.array_equal(shown.step(action)[0], unseen.step(action)[0])
+
+
+@pytest.mark.parametrize("place", ["observation_space", "action_space"])
+@pytest.mark.parametrize("kind", [">f4", "longdouble"])
+def test_numbers_of_another_machine_are_refused(place: str, kind: str) -> None:
+    env = Draws("its own")
+    setattr(env, place, gymnasium.spaces.Box(-1, 1, (2,), np.dtype(kind)))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"expected (numbers|floats) of"):
+        Environments.of([env], 1)
+
+
+@pytest.mark.parametrize("reward", [10**400, np.complex128(1)])
+def test_a_reward_that_is_no_float_is_refused_in_a_line(reward: Any) -> None:
+    env = Draws("its own")
+    env.step = lambda action: (env.seen(), reward, False, False, {})  # type: ignore[method-assign]
+    with Environments.of([env], 1) as environments:
+        environments.reset()
+        with pytest.raises(UserError, match="step 1 of its episode: the reward"):
+            environments.step(np.zeros((1, 1)))
+
+
+class Panic(BaseException):
+    """As libraries that are written in Rust raise."""
+
+
+@pytest.mark.parametrize("place", ["step", "reset", "close", "render"])
+def test_what_is_no_exception_is_a_line_too(
+    place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def panic(*_: Any, **__: Any) -> Any:
+        raise Panic("index out of bounds")
+
+    env = Draws("its own")
+    monkeypatch.setattr(env, place, panic, raising=False)
+    with Environments.of([env], 1) as environments:
+        if place == "close":
+            environments.close()
+            assert "close failed: Panic: index out of bounds" in caplog.text
+            return
+        with pytest.raises(UserError, match="Panic: index out of bounds"):
+            films.render(env, "it") if place == "render" else environments.step(0 * environments.reset()[:, :1])
+
+
+def test_a_real_interruption_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    env = Draws("its own")
+    monkeypatch.setattr(env, "reset", interrupted)
+    with Environments.of([env], 1) as environments, pytest.raises(KeyboardInterrupt):
+        environments.reset()

@@ -298,6 +298,7 @@ def test_a_name_that_is_nothing(spec: str) -> None:
             r"fails when imported: ValueError: no key \(.*line 2\)",
         ),
         ("raise SystemExit(3)", "f", r"fails when imported: SystemExit: 3"),
+        ("class Panic(BaseException): ...\nraise Panic(3)", "f", r"fails when imported: Panic: 3"),
         ("f = 3", "f", "is not callable, but int"),
         ("class F:\n    def __call__(self): pass", "F", r"is a class; name a function, or an instance: `f = F\(\)`"),
         ("def f(completions, /): pass", "f", "`completions` is positional-only"),

@@ -188,10 +188,11 @@ def test_a_set_at_rest_is_one_file_whoever_closes_it_last(file: Path, tmp_path: 
 
 
 def test_the_log_of_an_earlier_version_is_brought_into_the_file(file: Path) -> None:
-    with closing(sqlite3.connect(file)) as connection:
-        connection.execute("PRAGMA journal_mode = WAL")
-    reader = LabelSet(file)
-    reader.count()
+    with closing(sqlite3.connect(file)) as earlier:
+        earlier.execute("PRAGMA journal_mode = WAL")
+        earlier.execute("SELECT COUNT(*) FROM pairs").fetchall()
+        reader = LabelSet(file)
+        reader.count()
     with LabelSet(file, writable=True) as labels:
         labels.answer("ann", 1, "tie")
     assert file.with_name(f"{file.name}-wal").exists()
@@ -199,6 +200,18 @@ def test_the_log_of_an_earlier_version_is_brought_into_the_file(file: Path) -> N
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     with LabelSet(file) as labels:
         assert len(labels.answers()) == 1
+
+
+def test_a_set_of_an_earlier_version_is_one_file_from_the_next_look_on(file: Path) -> None:
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    copy = file.with_name("copy.labels.db")
+    with LabelSet(file, writable=True) as labels:
+        labels.answer("ann", 1, "tie")
+        copy.write_bytes(file.read_bytes())
+        with LabelSet(copy) as copied:
+            assert len(copied.answers()) == 1
 
 
 def test_the_journal_of_a_writer_that_was_killed_is_undone_for_readers(file: Path) -> None:

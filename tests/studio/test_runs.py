@@ -201,7 +201,7 @@ def test_the_folder_is_looked_through_once_a_second_however_many_ask(
     make_run(tmp_path / "run")
     looks = []
     walk = runs._folders
-    monkeypatch.setattr(runs, "_folders", lambda root: looks.append(root) or walk(root))
+    monkeypatch.setattr(runs, "_folders", lambda root, deeper: looks.append(root) or walk(root, deeper))
     catalogue = Catalogue(tmp_path)
     for _ in range(50):
         catalogue.runs()
@@ -260,6 +260,19 @@ def test_runs_are_found_beside_many_folders_and_what_is_left_out_is_said(
     assert [run["run"] for run in told["runs"]] == ["z"]
     assert "The 20 nearest folders" in told["left_out"]
     assert "tether studio FOLDER" in asking.get("/api/labels").json()["left_out"]
+
+
+def test_runs_that_lie_too_deep_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "PAUSE", 0.0)
+    within = tmp_path / "a" / "b" / "c" / "d"
+    make_run(within / "run")  # what it keeps in folders is its own
+    asking = client(tmp_path)
+    assert asking.get("/api/runs").json()["left_out"] is None
+    make_run(within / "e" / "run")
+    told = asking.get("/api/runs").json()
+    assert [run["run"] for run in told["runs"]] == ["a/b/c/d/run"]
+    assert "a/b/c/d/e/run" in told["left_out"]
+    assert "tether studio FOLDER" in told["left_out"]
 
 
 def test_a_run_that_was_done_again_is_known_by_its_bytes(tmp_path: Path) -> None:

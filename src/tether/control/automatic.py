@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,11 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 
-from tether.control.infos import batched_success, final_infos, final_observations
+from tether.control.infos import batched_success, final_observations
 from tether.control.kept import States, bring_states, digests_of, freeze, kept_layers, layers, states_of
 from tether.control.loading import one_line_errors, reason_of
 from tether.control.vectors import Flags, Numbers
-from tether.errors import UserError
+from tether.errors import STOPS, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,14 @@ class Automatic:
         limited: whether it comes with a time limit.
     """
 
-    def __init__(self, label: str, vector: VectorEnv[Any, Any, Any], limited: bool = False) -> None:
+    def __init__(
+        self,
+        label: str,
+        vector: VectorEnv[Any, Any, Any],
+        limited: bool = False,
+        watch: Callable[[Any, bool], None] | None = None,
+    ) -> None:
+        self._watch = watch
         self._label = label
         self._vector = vector
         self._mode = AutoresetMode(vector.metadata.get("autoreset_mode"))
@@ -50,7 +57,13 @@ class Automatic:
         self.pending = np.zeros_like(self.pending)
         with one_line_errors(f"{self._label}: reset failed"):
             observations, _ = self._vector.reset(seed=seeds[0])
-        return np.array(observations)
+        observations = np.array(observations)
+        self._show(begins=True)
+        return observations
+
+    def _show(self, begins: bool) -> None:
+        if self._watch is not None:
+            self._watch(_Only(self._vector), begins)
 
     def step(self, actions: NDArray[Any]) -> tuple[NDArray[Any], Numbers, Flags, Flags, NDArray[Any], Numbers | None]:
         """Do one action in each that is not pending; `Results` with the successors (N, *obs) before the success.
@@ -60,19 +73,23 @@ class Automatic:
         """
         try:
             seen, rewards, terminated, truncated, infos = self._vector.step(actions)
-        except (Exception, SystemExit) as error:
+        except STOPS:
+            raise
+        except BaseException as error:
             raise UserError(f"{self._label}: step raised {reason_of(error)}") from error
         terminated, truncated = np.array(terminated, dtype=np.bool_), np.array(truncated, dtype=np.bool_)
         observations = successors = np.array(seen)
         ended = terminated | truncated
-        success = None
-        if infos:
-            success = batched_success(infos, len(terminated))
+        # one that begins the next episode in the same step shows that one
+        begins = self.pending if self._mode == AutoresetMode.NEXT_STEP else ended
+        self._show(bool(begins.any()) and self._mode != AutoresetMode.DISABLED)
+        with one_line_errors(f"{self._label}: its info cannot be read"):
+            success = batched_success(infos, len(terminated)) if infos else None
         if self._mode == AutoresetMode.NEXT_STEP:
             self.pending = ended
         elif ended.any() and self._mode == AutoresetMode.SAME_STEP:
-            success = batched_success(final_infos(infos), len(terminated)) if infos else None
-            successors, known = final_observations(infos, ended, observations, self._label)
+            with one_line_errors(f"{self._label}: its info cannot be read"):
+                successors, known = final_observations(infos, ended, observations, self._label)
             if (truncated & ~terminated & ~known).any():
                 raise UserError(
                     f"{self._label}: an episode was cut off, but its last observation is neither `final_obs` nor "
@@ -84,6 +101,7 @@ class Automatic:
             with one_line_errors(f"{self._label}: reset failed"):
                 begun, _ = self._vector.reset(options={"reset_mask": ended})
             observations[ended] = np.array(begun)[ended]
+            self._show(begins=True)
         return observations, np.array(rewards, dtype=np.float64), terminated, truncated, successors, success
 
     def gathered(self) -> list[tuple[States, States]]:
@@ -155,3 +173,17 @@ class Automatic:
                 self._vector.close()
         except UserError as error:
             logger.warning("%s", error)
+
+
+class _Only:
+    """A vector environment of one, as who watches it sees a single one: its image is not one of several."""
+
+    def __init__(self, vector: VectorEnv[Any, Any, Any]) -> None:
+        self._vector = vector
+        self.metadata, self.unwrapped = vector.metadata, vector.unwrapped
+
+    def render(self) -> Any:
+        """Its image, alone or the first of the images of all."""
+        shown: Any = self._vector.render()
+        several = isinstance(shown, (list, tuple)) or (isinstance(shown, np.ndarray) and shown.ndim == 4)
+        return shown[0] if several and len(shown) == 1 else shown

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -22,10 +23,11 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from tether.control.atari import is_atari
 from tether.control.automatic import Automatic
 from tether.control.kept import States, merged, to_arrays, to_tensors
 from tether.control.making import EnvironmentsConfig, build, find_source, make_environment, wrap
-from tether.control.together import Kind, in_a_loop, make_together, place_of
+from tether.control.together import Kind, in_a_loop, is_native, make_native, make_together, place_of
 from tether.control.vectors import Seeded
 from tether.control.wrappers import Watched
 from tether.errors import UserError
@@ -103,6 +105,9 @@ class Environments:
     ) -> Environments:
         """One environment to try a policy in: whole games, rewards as they are, statistics of wrappers frozen.
 
+        What training steps by an id's own vector environment is tried in that one too, made for one: it may have other
+        wrappers than the id's single environment. Atari games are the same both ways, and single here.
+
         Args:
             env: see `make_environment`.
             config: of the training; `count` and `vectorization` do not matter.
@@ -114,17 +119,16 @@ class Environments:
             UserError: it cannot be found, made, used or, with `watch`, rendered.
         """
         source = find_source(env)
-        only_native = source.spec is not None and source.spec.entry_point is None
-        config = replace(config, count=1, vectorization="native" if only_native else "sync")
-        if only_native and watch is not None:
-            raise UserError(f"{source.label}: has only a vector environment, whose episodes cannot be filmed")
+        config = replace(config, count=1)
         environments = cls.__new__(cls)
-        if only_native:
-            made = make_together(source, config, seed)
+        kind: Kind = "sync"
+        vector: Seeded | Automatic
+        if is_native(source, config) and not (source.spec is not None and is_atari(source.spec)):
+            kind, vector = "native", make_native(source, config, watch)
         else:
             single = build(source, config, None if watch is None else "rgb_array", training=False)
-            made = "sync", in_a_loop(source.label, [single if watch is None else Watched(single, watch)])
-        environments._set_up(source.label, *made, config, seed)
+            vector = in_a_loop(source.label, [single if watch is None else Watched(single, watch)])
+        environments._set_up(source.label, kind, vector, config, seed)
         environments._vector.freeze()
         return environments
 
@@ -403,9 +407,19 @@ class Environments:
         """Only what wrappers of the user's own had gathered when `state_dict` gave this, of all environments together.
 
         A warning says which wrapper has nothing to go on from.
+
+        Raises:
+            UserError: what one had gathered belongs to no wrapper that is here: the policy would see other numbers.
         """
         gathered: list[tuple[States, States]] = to_arrays(state.get("wrappers", []))
         together = merged([now for _, now in gathered])
+        here = [name for name, _ in (self._vector.gathered() or [([], [])])[0][1]]
+        if lost := Counter(name for name, _ in together) - Counter(here):
+            names = ", ".join(f"`{name}`" for name in lost)
+            raise UserError(
+                f"{self.label}: training kept what its wrapper {names} had gathered, but there is none in it now: "
+                "expected the environment that the run was trained in"
+            )
         self._bring([together] * self.count, self._all)
 
     def _bring(self, states: list[States], mask: NDArray[np.bool_]) -> None:

@@ -33,6 +33,8 @@ from tether.random_states import random_states_kept, seed_random_states
 logger = logging.getLogger(__name__)
 
 MOST_FRAMES = 128  # of a longer episode every second, third, … state is shown
+MOST_KEPT = 1000  # frames of a film that is taken while it is played
+MOST_BYTES = 2**29  # of them together
 LONGEST_SIDE = 200  # pixels of a frame; larger ones are shrunk by a whole factor
 MOST_FRAMES_PER_SECOND = 50  # browsers play no GIF faster
 USUAL_FRAMES_PER_SECOND = 30  # where the environment does not say
@@ -138,7 +140,9 @@ class Films:
 class Film:
     """A film of the first episode that is played while it rolls. What `Environments.to_try` calls a `watch`.
 
-    Of environments that are faster than a film can show, only every second, third, … state is rendered and kept.
+    Of environments that are faster than a film can show, only every second, third, … state is rendered and kept. Where
+    there are more than `MOST_KEPT` frames, or `MOST_BYTES` of them, every second one goes, and from there on half as
+    many are taken, as often as need be: a film of any length has its pace, and bounded memory.
 
     Args:
         path: of the file, which ends in .gif or .mp4.
@@ -155,6 +159,7 @@ class Film:
         self._states = 0
         self._episodes: int | None = None  # begun; None before it rolls
         self._speed = float(USUAL_FRAMES_PER_SECOND)
+        self._every = 1  # states from one frame to the next
         self._fault = ""
         with _written(path):
             # tried now rather than after the episode; what fails until then leaves no empty file
@@ -181,6 +186,7 @@ class Film:
             return
         if not self._states:
             self._speed = frames_per_second(environment)
+            self._every = math.ceil(self._speed / MOST_FRAMES_PER_SECOND)
         self._states += 1
         if (self._states - 1) % self._every:
             return
@@ -190,10 +196,9 @@ class Film:
             if not self._frames:
                 raise
             self._fault = str(error)
-
-    @property
-    def _every(self) -> int:
-        return math.ceil(self._speed / MOST_FRAMES_PER_SECOND)
+        if len(self._frames) > MOST_KEPT or sum(frame.nbytes for frame in self._frames) > MOST_BYTES:
+            self._frames = self._frames[::2]
+            self._every *= 2
 
     def finish(self) -> bool:
         """Write it; whether that worked. A line says why not, or that it ends early."""
@@ -251,7 +256,12 @@ def render(environment: Any, label: str) -> NDArray[np.uint8]:
     Raises:
         UserError: it fails, or shows no image.
     """
-    with one_line_errors(f"{label}: the environment's render failed"):
+    # what it draws to show itself is no part of the episode
+    with (
+        one_line_errors(f"{label}: the environment's render failed"),
+        random_states_kept(),
+        _generator_kept(environment),
+    ):
         frame = environment.render()
         if not isinstance(frame, np.ndarray) and hasattr(frame, "__array_interface__"):  # an image of PIL
             frame = np.asarray(frame)
@@ -262,6 +272,19 @@ def render(environment: Any, label: str) -> NDArray[np.uint8]:
             return np.repeat(frame, 3, axis=2) if frame.shape[2] == 1 else np.array(frame[:, :, :3])
     found = f"shape {frame.shape}, {frame.dtype}" if isinstance(frame, np.ndarray) else type(frame).__name__
     raise UserError(f"{label}: the environment's render returned {found}, expected an image (H, W, 3) of uint8")
+
+
+@contextmanager
+def _generator_kept(environment: Any) -> Iterator[None]:
+    generator = getattr(getattr(environment, "unwrapped", None), "_np_random", None)
+    if not isinstance(generator, np.random.Generator):
+        yield
+        return
+    before = generator.bit_generator.state
+    try:
+        yield
+    finally:
+        generator.bit_generator.state = before
 
 
 def of_one_size(frames: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
@@ -276,9 +299,10 @@ def of_one_size(frames: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
 def shrink(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """A frame (H, W, 3) by the smallest whole factor that leaves no side above `LONGEST_SIDE` pixels, by means."""
     factor = math.ceil(max(frame.shape[:2]) / LONGEST_SIDE)
-    height, width = frame.shape[0] // factor, frame.shape[1] // factor
-    cut = frame[: height * factor, : width * factor]
-    return cut.reshape(height, factor, width, factor, -1).mean(axis=(1, 3)).astype(np.uint8)
+    down, across = min(factor, frame.shape[0]), min(factor, frame.shape[1])  # a side that is shorter becomes 1
+    height, width = frame.shape[0] // down, frame.shape[1] // across
+    cut = frame[: height * down, : width * across]
+    return cut.reshape(height, down, width, across, -1).mean(axis=(1, 3)).astype(np.uint8)
 
 
 def _in_rows(frames: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], int]:

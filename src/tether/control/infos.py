@@ -64,7 +64,20 @@ def whole_success(values: Sequence[float]) -> list[float]:
 
 
 def batched_success(infos: Any, count: int) -> Numbers | None:
-    """Success (N,) from the info of a vector environment: arrays beside masks of who says it, or a dict of each."""
+    """Success (N,) from the info of a vector environment: arrays beside masks of who says it, or a dict of each.
+
+    Where an environment has begun the next episodes already, `final_info` holds what was said of the steps that ended
+    the last ones. What stands beside it counts where it says nothing of success.
+
+    Raises:
+        UserError: a mask is none.
+    """
+    final = infos.get("final_info") if isinstance(infos, Mapping) else None
+    last = None if final is None else _success(final, count)
+    return _success(infos, count) if last is None else last
+
+
+def _success(infos: Any, count: int) -> Numbers | None:
     if not isinstance(infos, Mapping):
         each = [info if isinstance(info, Mapping) else {} for info in infos]
         return floats([flag_of(info) for info in each]) if len(each) == count else None
@@ -73,17 +86,18 @@ def batched_success(infos: Any, count: int) -> Numbers | None:
     said: list[dict[str, Any]] = [{} for _ in range(count)]
     for name in SUCCESS:
         values: Any = infos.get(name)
-        mask: Any = infos.get(f"_{name}")
-        if hasattr(values, "__len__") and len(values) == count:
-            for index in range(count):
-                if mask is None or mask[index]:
-                    said[index][name] = values[index]
+        if values is None:
+            continue
+        if _length(values) is None and count == 1:
+            values = [values]
+        if _length(values) != count or isinstance(values, (str, Mapping)):
+            warn_once(f"`{name}` in the info is {_form(values)}, expected one for each of {count}: it does not count")
+            continue
+        mask = _mask(infos, name, count)
+        for index in range(count):
+            if mask is None or mask[index]:
+                said[index][name] = values[index]
     return floats([flag_of(info) for info in said])
-
-
-def final_infos(infos: Any) -> Any:
-    """The infos of the steps that ended episodes, where an environment has begun the next ones already."""
-    return infos.get("final_info", infos) if isinstance(infos, Mapping) else infos
 
 
 def final_observations(infos: Any, ended: Flags, observations: NDArray[Any], label: str) -> tuple[NDArray[Any], Flags]:
@@ -118,12 +132,35 @@ def _entry(infos: Any, name: str, index: int, count: int) -> Any:
     """What is said of one environment; None for nothing."""
     if not isinstance(infos, Mapping):
         return infos[index].get(name) if isinstance(infos[index], Mapping) else None
-    values, mask = infos.get(name), infos.get(f"_{name}")
-    if values is None or (mask is not None and not mask[index]):
+    values = infos.get(name)
+    if values is None:
+        return None
+    mask = _mask(infos, name, count)
+    if mask is not None and not mask[index]:
         return None
     if isinstance(values, Mapping):
         return values.get(index)
-    return values[index] if len(values) == count else None
+    return values[index] if _length(values) == count else None
+
+
+def _mask(infos: Mapping[str, Any], name: str, count: int) -> Any:
+    """(N,) who says it; None where all do."""
+    mask: Any = infos.get(f"_{name}")
+    if mask is None:
+        return None
+    found = np.asarray(mask.cpu() if isinstance(mask, torch.Tensor) else mask)
+    if found.shape != (count,) or found.dtype.kind != "b":
+        raise UserError(
+            f"`_{name}` in the info has shape {found.shape}, {found.dtype}, expected True or False for each of {count}"
+        )
+    return found
+
+
+def _length(values: Any) -> int | None:
+    try:
+        return len(values)
+    except TypeError:  # a number, or an array without axes
+        return None
 
 
 def _number(value: Any) -> float | None:
@@ -131,7 +168,10 @@ def _number(value: Any) -> float | None:
         return _number(value[0]) if len(value) == 1 else None
     if hasattr(value, "item") and math.prod(getattr(value, "shape", (0,))) == 1:  # of numpy, torch and others
         value = value.item()
-    number = float(value) if isinstance(value, (bool, int, float)) else math.nan
+    try:
+        number = float(value) if isinstance(value, (bool, int, float)) else math.nan
+    except OverflowError:
+        number = math.inf
     return number if math.isfinite(number) else None
 
 

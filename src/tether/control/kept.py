@@ -7,6 +7,7 @@ chains of wrappers; nothing of episodes or checkpoints.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
@@ -15,7 +16,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import VectorEnv, VectorWrapper
 from gymnasium.wrappers import NormalizeObservation, NormalizeReward
 from gymnasium.wrappers import vector as vector_wrappers
 
@@ -33,6 +34,7 @@ _RMS = {
 }
 _RETURNS = ("discounted_reward", "accumulated_reward")  # of the episodes that run, by the single and the vector one
 _MOMENTS = ("mean", "var", "count")
+_OWN = "own"  # what a class of the user's own adds to one of these by its `state_dict`
 _NO_DATA = (gymnasium.Env, VectorEnv, gymnasium.Space, np.random.Generator, ModuleType)
 _DEEPEST = 4  # objects within objects that are looked into
 
@@ -62,12 +64,14 @@ def states_of(kept: Sequence[Any], label: str) -> States:
     found: States = []
     for layer in kept:
         name, rms = type(layer).__name__, _rms(layer)
-        if rms is not None:
-            state: dict[str, Any] = {moment: np.array(getattr(rms, moment)) for moment in _MOMENTS}
-            state |= {key: np.array(getattr(layer, key)) for key in _RETURNS if hasattr(layer, key)}
-        else:
+        state: Any = {}
+        if _has_state(layer):
             with one_line_errors(f"{label}: state_dict of its wrapper `{name}`"):
                 state = _packed(layer.state_dict(), f"{label}: state_dict of its wrapper `{name}`")
+        if rms is not None:
+            own = {_OWN: state} if _has_state(layer) else {}
+            state = {moment: np.array(getattr(rms, moment)) for moment in _MOMENTS} | own
+            state |= {key: np.array(getattr(layer, key)) for key in _RETURNS if hasattr(layer, key)}
         found.append((name, state))
     return found
 
@@ -87,19 +91,24 @@ def bring_states(kept: Sequence[Any], states: States, label: str) -> list[str]:
             missing.append(f"nothing is saved for its wrapper `{name}`, which begins anew")
             continue
         state = left.pop(place)[1]
-        if rms is None:
+        own = state if rms is None else state.get(_OWN)
+        if own is not None and _has_state(layer):
             with one_line_errors(f"{label}: load_state_dict of its wrapper `{name}`"):
-                layer.load_state_dict(_unpacked(state))
+                layer.load_state_dict(_unpacked(own))
+        if rms is None:
             continue
-        saved, there = np.asarray(state["mean"]).shape, np.asarray(rms.mean).shape
-        if saved != there:
-            raise UserError(f"{label}: its wrapper `{name}` has statistics of shape {there}, but saved are {saved}")
+        rms = _rms(layer)  # what was loaded may be another
+        saved, expected = np.asarray(state["mean"]).shape, np.asarray(rms.mean).shape
+        if saved != expected:
+            raise UserError(f"{label}: its wrapper `{name}` has statistics of shape {expected}, but saved are {saved}")
         for moment in _MOMENTS:
-            value = np.array(state[moment])
-            setattr(rms, moment, value if isinstance(getattr(rms, moment), np.ndarray) else value[()])
+            value, there = np.array(state[moment]), getattr(rms, moment)
+            if not isinstance(there, np.ndarray):  # a count of numpy's would make float32 statistics float64
+                value = value[()] if isinstance(there, np.generic) else value.item()
+            setattr(rms, moment, value)
         for key in _RETURNS:
-            own = getattr(layer, key, None)
-            if key in state and own is not None and np.asarray(own).shape == np.asarray(state[key]).shape:
+            there = getattr(layer, key, None)
+            if key in state and there is not None and np.asarray(there).shape == np.asarray(state[key]).shape:
                 setattr(layer, key, np.array(state[key]))
     missing += [f"what its wrapper `{name}` had gathered is left out, since there is none now" for name, _ in left]
     return missing
@@ -128,11 +137,14 @@ def digests_of(env: Any) -> dict[str, str]:
     """
     digests: dict[str, str] = {}
     for layer in layers(env):
-        if not isinstance(layer, gymnasium.Wrapper) or _rms(layer) is not None or _has_state(layer):
+        if not isinstance(layer, (gymnasium.Wrapper, VectorWrapper)) or _has_state(layer):
             continue
-        if type(layer).__module__.partition(".")[0] in ("gymnasium", "tether"):
-            continue
+        theirs = type(layer).__module__.partition(".")[0] in ("gymnasium", "tether")
+        kept = () if _rms(layer) is None else (*_RMS.values(), *_RETURNS)
         for name, value in vars(layer).items():
+            # of a wrapper of gymnasium, the user's is what it was given to call, as TransformObservation is
+            if name in kept or (theirs and not (callable(value) and _is_object(value))):
+                continue
             digest = hashlib.sha256()
             _add(value, digest.update, _DEEPEST)
             digests[f"{type(layer).__name__}.{name}"] = digest.hexdigest()
@@ -226,15 +238,32 @@ def _add(value: Any, add: Callable[[bytes], None], depth: int) -> None:
         add(f"{value!r};".encode())
     elif isinstance(value, np.ndarray):
         add(f"{value.shape}".encode() + (value.tobytes() if value.dtype != object else b""))
+        if depth and value.dtype == object:
+            _add(value.ravel().tolist(), add, depth - 1)
     elif isinstance(value, torch.Tensor):
         add(repr(value.tolist()).encode() if value.numel() < 10_000 else str(float(value.double().sum())).encode())
     elif depth and isinstance(value, Mapping):
         for key, entry in value.items():
             add(f"{key!r}:".encode())
             _add(entry, add, depth - 1)
+    elif depth and isinstance(value, (set, frozenset)):
+        add(repr(sorted(map(repr, value))).encode())
     elif depth and isinstance(value, (list, tuple, deque)):
         add(f"{len(value)}[".encode())
         for entry in value:
             _add(entry, add, depth - 1)
-    elif depth and hasattr(value, "__dict__") and not (isinstance(value, _NO_DATA) or callable(value)):
-        _add(vars(value), add, depth - 1)
+    elif depth and _is_object(value):
+        slots = {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}
+        _add({**getattr(value, "__dict__", {}), **slots}, add, depth - 1)
+
+
+def _is_object(value: Any) -> bool:
+    """Whether it may hold data of its own in attributes, also where it can be called."""
+    if isinstance(value, (*_NO_DATA, type)) or inspect.isroutine(value):
+        return False
+    return hasattr(value, "__dict__") or bool(_slots(type(value)))
+
+
+def _slots(kind: type) -> list[str]:
+    named = [vars(each).get("__slots__", ()) for each in kind.__mro__]
+    return [name for names in named for name in ([names] if isinstance(names, str) else names)]

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import gymnasium
 
-from tether.errors import UserError
+from tether.errors import STOPS, UserError
 from tether.user_code import import_place
 from tether.yaml_file import one_line
 
@@ -40,7 +40,7 @@ def one_line_errors(what: str) -> Iterator[None]:
     """Whatever is raised inside as a UserError of one line that begins with `what`."""
     try:
         yield
-    except UserError:
+    except (UserError, *STOPS):
         raise
     except gymnasium.error.DependencyNotInstalled as error:
         raise UserError(f"{what}: {one_line(str(error))[:200]} ({INSTALL})") from error
@@ -48,7 +48,7 @@ def one_line_errors(what: str) -> Iterator[None]:
         raise UserError(
             f"{what}: {error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"
         ) from error
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise UserError(f"{what}: {reason_of(error)}") from error
 
 

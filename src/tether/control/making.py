@@ -223,6 +223,11 @@ def check_spaces(label: str, observations: Any, actions: Any) -> Literal["as it 
         raise UserError(f"{label}: observation space {_shown(observations)} is empty, expected at least one number")
     if observations.dtype.kind not in "fiub":
         raise UserError(f"{label}: observations are {observations.dtype}, expected floats, integers or uint8 images")
+    if not observations.dtype.isnative or observations.dtype.itemsize > 8:
+        raise UserError(
+            f"{label}: observations are {observations.dtype.str}, expected numbers of 64 bits at most, in the order of "
+            "bytes of this machine"
+        )
     if len(shape) == 1:
         return "as it is"
     if len(shape) not in (2, 3) or observations.dtype != np.uint8:
@@ -243,6 +248,8 @@ def _check_actions(label: str, space: Any) -> None:
     if isinstance(space, spaces.Box):
         if space.dtype.kind != "f" or len(space.shape) != 1 or space.shape[0] == 0:
             raise UserError(f"{label}: action space {_shown(space)}, {expected}: {remedy}")
+        if not space.dtype.isnative or space.dtype.itemsize > 8:
+            raise UserError(f"{label}: actions are {space.dtype.str}, expected floats of this machine: {remedy}")
         if np.isnan(space.low).any() or np.isnan(space.high).any() or not (space.low < space.high).all():
             raise UserError(f"{label}: action space {_shown(space)}: expected every lower bound below its upper bound")
     elif isinstance(space, spaces.MultiDiscrete):

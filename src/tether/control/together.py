@@ -35,20 +35,25 @@ Kind = Literal["native", "sync", "async"]
 
 def make_together(source: Source, config: EnvironmentsConfig, seed: int) -> tuple[Kind, Seeded | Automatic]:
     """What steps the environments, and by which kind; `seed` begins the generators of worker processes."""
-    kind = config.vectorization
-    reason = _not_native(source, config)
-    if kind == "native" and reason:
-        raise UserError(
-            f"{source.label}: cannot be stepped natively: {reason}; expected `vectorization: sync` or async"
-        )
-    if kind in ("auto", "native") and not reason:
-        assert source.spec is not None
-        return "native", _make_native(source.label, source.spec, config)
+    if is_native(source, config):
+        return "native", make_native(source, config)
     makers = [functools.partial(_make_one, source.name, config, index) for index in range(config.count)]
-    if kind == "async":
+    if config.vectorization == "async":
         seeds = [int(np.random.SeedSequence(seed, spawn_key=(i,)).generate_state(1)[0]) for i in range(config.count)]
         return "async", Workers(source.label, makers, seeds)
     return "sync", in_a_loop(source.label, [make() for make in makers])
+
+
+def is_native(source: Source, config: EnvironmentsConfig) -> bool:
+    """Whether the id's own vector environment steps them; UserError where it cannot, but is asked to."""
+    if config.vectorization not in ("auto", "native"):
+        return False
+    reason = _not_native(source, config)
+    if reason and config.vectorization == "native":
+        raise UserError(
+            f"{source.label}: cannot be stepped natively: {reason}; expected `vectorization: sync` or async"
+        )
+    return not reason
 
 
 def in_a_loop(label: str, envs: list[gymnasium.Env[Any, Any]]) -> Loop:
@@ -99,7 +104,12 @@ def _creator(spec: EnvSpec) -> Callable[..., Any]:
     return entry_point if callable(entry_point) else load_env_creator(entry_point)
 
 
-def _make_native(label: str, spec: EnvSpec, config: EnvironmentsConfig) -> Seeded | Automatic:
+def make_native(
+    source: Source, config: EnvironmentsConfig, watch: Callable[[Any, bool], None] | None = None
+) -> Seeded | Automatic:
+    """The id's own vector environment; with `watch`, which only one environment can have, it renders."""
+    label, spec = source.label, source.spec
+    assert spec is not None
     with one_line_errors(f"{label}: cannot be made"):
         if is_atari(spec):
             options = atari_options(label, config, training=True)
@@ -109,6 +119,13 @@ def _make_native(label: str, spec: EnvSpec, config: EnvironmentsConfig) -> Seede
         if config.max_episode_steps is not None:
             options["max_episode_steps"] = config.max_episode_steps
         check_options(label, _creator(spec), options, spec.kwargs)
+        if watch is not None:
+            if not takes_options(_creator(spec), {"render_mode": None}):
+                raise UserError(
+                    f"{label}: its vector environment, in which it was trained, takes no `render_mode`, so its "
+                    "episodes cannot be filmed: add the argument `render_mode=None`, or try the policy without a film"
+                )
+            options["render_mode"] = "rgb_array"
         vector = gymnasium.make_vec(spec.id, num_envs=config.count, vectorization_mode="vector_entry_point", **options)
     mode = vector.metadata.get("autoreset_mode")
     if mode not in [known for member in AutoresetMode for known in (member, member.value)]:
@@ -121,4 +138,4 @@ def _make_native(label: str, spec: EnvSpec, config: EnvironmentsConfig) -> Seede
             f"{label}: its vector environment shows images (H, W, C): `vectorization: sync` transposes them"
         )
     limited = spec.max_episode_steps is not None or config.max_episode_steps is not None
-    return Automatic(label, vector, limited)
+    return Automatic(label, vector, limited, watch)

@@ -87,7 +87,7 @@ class Loop:
         self._seen = observations = np.empty_like(self._seen)
         rewards, terminated, truncated, successes = [], [], [], []
         for index, env in enumerate(self._envs):
-            observations[index], reward, ended, cut, info = env.step(actions[index])
+            observations[index], reward, ended, cut, info = env.step(actions[index].copy())  # which it may change
             rewards.append(reward)
             terminated.append(ended)
             truncated.append(cut)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any, SupportsFloat
 
 import gymnasium
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from tether.control.kept import States, bring_states, digests_of, freeze, kept_layers, layers, states_of
 from tether.control.loading import one_line_errors, reason_of
-from tether.errors import UserError
+from tether.errors import STOPS, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +56,9 @@ class Checked(Wrapper):
             self._spaces.seed(seed)
         try:
             result = self.env.reset(seed=seed, options=options)
-        except UserError:
+        except (UserError, *STOPS):
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             raise UserError(f"{self.label}: reset raised {reason_of(error)}") from error
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
             found = f"{len(result)} values" if isinstance(result, tuple) else f"a {type(result).__name__}"
@@ -70,9 +71,9 @@ class Checked(Wrapper):
         self._steps += 1
         try:
             result = self.env.step(action)
-        except UserError:
+        except (UserError, *STOPS):
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             raise UserError(f"{self._here()}: step raised {reason_of(error)}") from error
         if not isinstance(result, tuple) or len(result) != 5:
             found = f"{len(result)} values" if isinstance(result, tuple) else f"a {type(result).__name__}"
@@ -134,10 +135,13 @@ class Checked(Wrapper):
         )
 
     def _number(self, reward: SupportsFloat) -> float:
-        if isinstance(reward, (int, float, np.number, np.bool_)) or (
+        if isinstance(reward, (int, float, np.integer, np.floating, np.bool_)) or (
             isinstance(reward, np.ndarray) and reward.shape == () and reward.dtype.kind in "fiub"
         ):
-            return float(reward)
+            try:
+                return float(reward)
+            except OverflowError:
+                raise UserError(f"{self._here()}: the reward is too large for a float, expected a number") from None
         found = f"shape {reward.shape}" if isinstance(reward, np.ndarray) else f"a {type(reward).__name__}"
         raise UserError(f"{self._here()}: the reward is {found}, expected one number: return `float(reward)`")
 
@@ -186,7 +190,7 @@ class ActionRepeat(Wrapper):
         """The last observation, flags and info, and the sum of the rewards."""
         total = 0.0
         for _ in range(self._times):
-            observation, reward, terminated, truncated, info = self.env.step(action)
+            observation, reward, terminated, truncated, info = self.env.step(copy(action))  # which it may change
             total += float(reward)
             if terminated or truncated:
                 break

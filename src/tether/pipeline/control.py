@@ -150,30 +150,37 @@ def _films(config: ControlConfig, environments: Environments) -> Films | None:
 
 
 def _try_out(environments: Environments, actor: Actor) -> None:
-    """One step, so that most mistakes in an environment are told before anything else is done.
+    """One step, twice, so that most mistakes in an environment are told before anything else is done.
 
-    Afterwards everything is as if it had not been made, for environments that depend on their seed alone and wrappers
-    whose state is kept. A warning names those that take along anything else from one episode to the next.
+    Afterwards everything is as if they had not been made, for environments that depend on their seed alone and wrappers
+    whose state is kept. A warning names those that take along anything else from one episode to the next, and tells of
+    environments that begin in another way from the same seed.
     """
     before = environments.state_dict()
-    with random_states_kept():
-        seen = actor.see(environments.reset())
-        digests = environments.digests()
-        environments.step(actor.act(seen, None)[1])
-        environments.load_state_dict(before)
-        if any(digests):
-            environments.reset()
-            after = environments.digests()
+    found = []
+    for _ in range(2):
+        with random_states_kept():  # both begin with the same global generators
+            first = environments.reset()
+            digests = environments.digests()
+            step = environments.step(actor.act(actor.see(first.copy()), None)[1])
+            found.append((digests, (first, step.successors, step.rewards)))
             environments.load_state_dict(before)
-            changed = [name for old, new in zip(digests, after, strict=True) for name in old if old[name] != new[name]]
-            for name in dict.fromkeys(changed):
-                logger.warning(
-                    "%s: its wrapper keeps `%s` from one episode to the next, which a checkpoint and --eval have not: "
-                    "give it state_dict and load_state_dict, or let Tether normalise (collect.normalise_observations, "
-                    "collect.normalise_rewards)",
-                    environments.label,
-                    name,
-                )
+    (digests, one), (after, other) = found
+    changed = [name for old, new in zip(digests, after, strict=True) for name in old if old[name] != new[name]]
+    for name in dict.fromkeys(changed):
+        logger.warning(
+            "%s: its wrapper keeps `%s` from one episode to the next, which a checkpoint and --eval have not: "
+            "give it state_dict and load_state_dict, or let Tether normalise (collect.normalise_observations, "
+            "collect.normalise_rewards)",
+            environments.label,
+            name,
+        )
+    if not changed and not all(map(np.array_equal, one, other)):
+        logger.warning(
+            "%s: the same seed began two different episodes, so that none can be repeated, by --resume, --eval or for "
+            "a film: call super().reset(seed=seed) in its reset, draw from self.np_random, and keep nothing in between",
+            environments.label,
+        )
 
 
 def _environments_of(config: ControlConfig) -> dict[str, Any]:

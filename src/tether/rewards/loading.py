@@ -17,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 
 from torch import nn
 
-from tether.errors import UserError
+from tether.errors import STOPS, UserError
 from tether.rewards.judge import Judge
 from tether.rewards.mathematics import MathVerify
 from tether.rewards.models import ModelReward
@@ -203,13 +203,13 @@ def _one_line(spec: str, source: str) -> Iterator[None]:
     """Whatever importing a user's code raises, as a UserError that names the line."""
     try:
         yield
-    except UserError:
+    except (UserError, *STOPS):
         raise
     except SyntaxError as error:
         raise UserError(
             f"reward `{spec}`: {error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"
         ) from error
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         place = location_of(error, source)
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"reward `{spec}` fails when imported: {type(error).__name__}: {reason} ({place})") from error

@@ -308,16 +308,26 @@ def count_answers(answers: Sequence[Answer]) -> dict[str, int]:
 
 def _settle(file: Path) -> None:
     """Bring what stands beside the file into it: an earlier version's log, the journal of a writer that was killed.
+    What is written from then on stands in the file.
 
     Who closes the file last does so. While others have it open, or where nothing may be written, all stays as it is.
     """
-    if not any(file.with_name(file.name + suffix).exists() for suffix in _BESIDE):
+    if not any(file.with_name(file.name + suffix).exists() for suffix in _BESIDE) and not _logs_beside(file):
         return
     with contextlib.suppress(sqlite3.Error):  # whoever opens the file next is told what is wrong with it
         address = f"{file.resolve().as_uri()}?mode=rw"
         with contextlib.closing(sqlite3.connect(address, uri=True, isolation_level=None, timeout=0)) as connection:
             connection.execute("PRAGMA journal_mode = DELETE")
             connection.execute("SELECT COUNT(*) FROM sqlite_schema")
+
+
+def _logs_beside(file: Path) -> bool:
+    """Whether what is written goes to a log beside the file first (SQLite's WAL), as in sets of an earlier version."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(20)[18:] == b"\x02\x02"
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import logging
 from types import TracebackType
 from typing import Self
 
-from tether.errors import reason
+from tether.errors import STOPS, reason
 
 logger = logging.getLogger("tether")
 
@@ -36,7 +36,7 @@ class _Look:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        if not isinstance(error, (Exception, SystemExit)):
+        if error is None or isinstance(error, STOPS):
             return False
         self.failed = True
         if self._what not in self._told:

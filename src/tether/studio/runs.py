@@ -84,7 +84,7 @@ class Catalogue:
         self._summaries: list[RunSummary] = []
         self._kept: dict[Path, tuple[tuple[Any, ...], RunSummary]] = {}
         self._logs: dict[Path, MetricsLog] = {}
-        self.left_out: str | None = None  # that there are more folders than were looked through
+        self.left_out: str | None = None  # that there are more folders than were looked through, or deeper ones
 
     def runs(self) -> list[RunSummary]:
         """The newest first; of at most a second ago."""
@@ -109,13 +109,18 @@ class Catalogue:
         return sorted(path for folder in self._folders() for path in _label_files(folder))
 
     def _folders(self) -> list[Path]:
-        found = list(_folders(self.root))
+        deeper: list[Path] = []
+        found = list(_folders(self.root, deeper))
         self.left_out = None
         if len(found) == MOST_FOLDERS:
-            looked = (
-                f"The {MOST_FOLDERS:,} nearest folders were looked through; what lies in others is not listed here."
-            )
-            self.left_out = f"{looked} To see it, start the studio on a folder further in: tether studio FOLDER"
+            looked = f"The {MOST_FOLDERS:,} nearest folders were looked through; what lies in others"
+        elif deeper:
+            looked = f"Folders were looked through to {DEPTH} levels below this one; what lies deeper, as in "
+            looked += f"{readable(relative(self.root, deeper[0]))},"
+        else:
+            return found
+        remedy = "To see it, start the studio on a folder further in: tether studio FOLDER"
+        self.left_out = f"{looked} is not listed here. {remedy}"
         return found
 
     def _summary(self, folder: Path) -> RunSummary:
@@ -301,14 +306,17 @@ def readable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-def _folders(root: Path) -> Iterator[Path]:
-    """The root and the folders in it, the nearest first; no link, and a bounded number."""
+def _folders(root: Path, deeper: list[Path]) -> Iterator[Path]:
+    """The root and the folders in it, the nearest first; no link, and a bounded number.
+
+    To `deeper` go those that lie too deep and are in no run: what a run keeps in folders is its own.
+    """
     waiting, seen = deque([(root, 0)]), 0
     while waiting and seen < MOST_FOLDERS:
         folder, depth = waiting.popleft()
         seen += 1
         yield folder
-        if depth == DEPTH:
+        if depth == DEPTH and is_run(folder):
             continue
         try:
             with os.scandir(folder) as entries:
@@ -316,7 +324,11 @@ def _folders(root: Path) -> Iterator[Path]:
         except OSError:
             continue
         kept = sorted(name for name in names if not name.startswith(".") and name not in _PASSED_OVER)
-        waiting += [(folder / name, depth + 1) for name in kept]
+        inner = [folder / name for name in kept]
+        if depth == DEPTH:
+            deeper += inner
+        else:
+            waiting += [(path, depth + 1) for path in inner]
 
 
 def _label_files(folder: Path) -> list[Path]:
