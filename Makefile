@@ -34,7 +34,7 @@ CONTROL_ARGS ?= $(if $(findstring --quick,$(ARGS)),--steps 4096 --repeats 1)
 
 help:
 	@echo "make demo       PPO teaches a small language model arithmetic, in minutes   (options: ARGS=...)"
-	@echo "make real       PPO on SmolLM2, a real chat model of 135 million parameters; half an hour"
+	@echo "make real       PPO on SmolLM2, a real chat model of 135 million parameters; a quarter of an hour"
 	@echo "make test       the tests, without the slow ones                            (options: ARGS=...)"
 	@echo "make test-all   all tests                                                   (options: ARGS=...)"
 	@echo "make test-avx2  those that a processor may change, with no more than AVX2's instructions"

@@ -658,8 +658,8 @@ ENVIRONMENTS = [
 
 
 def stumbling(what: str, fault: str, *says: str, more: str = "", **rest: Any) -> Case:
-    """`world.py` whose first environment goes wrong in the third iteration: its step 39, one having been tried."""
-    source = GOOD_WORLD.replace("        return seen", f"        if self.total == 39: {fault}\n        return seen")
+    """`world.py` whose first environment goes wrong in the third iteration: its step 40, two having been tried."""
+    source = GOOD_WORLD.replace("        return seen", f"        if self.total == 40: {fault}\n        return seen")
     return Case(what, f"{CONTROL} {more}", says, {"world.py": source}, **rest)
 
 
