@@ -150,7 +150,10 @@ def test_columns_of_another_form_are_refused(row: dict[str, Any], message: str) 
 
 @pytest.mark.parametrize(
     ("column", "message"),
-    [({"a": 1}, "column `tools` is dict; expected a list"), ("hammer, saw", "column `tools` is text that is no JSON")],
+    [
+        ({"a": 1}, "column `tools` is dict; expected a list"),
+        ("hammer, saw", "column `tools` is text that is not valid JSON"),
+    ],
 )
 def test_a_column_that_happens_to_have_the_name_is_refused_by_a_template_that_reads_it_alone(
     column: Any, message: str, caplog: pytest.LogCaptureFixture

@@ -93,7 +93,7 @@ def _parsed(value: Any) -> Any:
 
 
 def _kind(value: Any) -> str:
-    return "text that is no JSON" if isinstance(value, str) else type(value).__name__
+    return "text that is not valid JSON" if isinstance(value, str) else type(value).__name__
 
 
 def said(message: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,19 @@ def test_a_template_that_does_not_tell_is_a_warning(template: str, message: str,
     finding = found(check(config, parts, show=False), "chat template")
     assert finding.state == "warning"
     assert re.search(message, finding.text)
+
+
+def test_a_folder_that_holds_a_run_is_told_and_left_as_it_is(folder: Path) -> None:
+    run = folder / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("{}")
+    config = PPOConfig(output=str(run), sampling=SamplingConfig(max_new_tokens=4))
+    parts = Parts(make_model(), make_tokenizer(), ["ab"], lambda completions, **_: [float(len(c)) for c in completions])
+    before = files(run)
+    assert "holds a run already" in found(check(config, parts, show=False), "output").text
+    assert files(run) == before
+    fresh = check(replace(config, overwrite=True), parts, show=False)
+    assert all(finding.about != "output" for finding in fresh.findings)
 
 
 def test_memory_that_is_not_there_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

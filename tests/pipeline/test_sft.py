@@ -500,6 +500,9 @@ def test_a_template_that_changes_earlier_turns_is_refused_with_both_ways_out(tem
 def test_an_answer_that_begins_otherwise_than_generation_would_is_shown(turns: str) -> None:
     with pytest.raises(UserError, match=r"row 1, message 2: .*n<t>.*but renders this one as.*cd"):
         learned_of(chat_tokenizer(OPENED), {"messages": CHAT[:2]}, turns=turns)
+    if turns != "last":  # neither way out would help
+        with pytest.raises(UserError, match=r"row 1, message 2: .*n<t>.*but renders this one as.*cd"):
+            learned_of(chat_tokenizer(OPENED), {"messages": CHAT}, turns=turns)
 
 
 def test_marks_say_which_answer_is_learned_where_prefixes_cannot() -> None:

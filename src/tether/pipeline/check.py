@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -40,6 +41,7 @@ from tether.pipeline.ppo import (
 from tether.pretrained import check_vocabulary
 from tether.random_states import seed_random_states
 from tether.rewards import Rewards, Scores
+from tether.runs import refuse_run
 
 T = TypeVar("T")
 
@@ -74,7 +76,7 @@ def check(config: PPOConfig, parts: Parts | None = None, show: bool = True) -> C
     """Look at everything that a run of this configuration needs, and go on after a problem as far as that is possible.
 
     Args:
-        config: of the run; its `output` is neither read nor made.
+        config: of the run; its `output` is not made, and nothing in it is touched.
         parts: pieces already in memory, as for `train_ppo`. A model is copied, and left as it is.
         show: print it.
     """
@@ -104,6 +106,8 @@ class _Looking:
     def everything(self) -> None:
         config, parts = self.config, self.parts
         seed_random_states(config.seed)
+        if not config.overwrite:
+            self._passes("output", partial(refuse_run, Path(config.output)))
         if config.compile:
             self._passes("compiler", partial(check_compiler, config.device))
         scorers = self._try("reward", lambda: load_rewards(config, parts))
@@ -211,7 +215,7 @@ class _Looking:
         self.findings.append(Finding(about, "ok", text))
 
     def _skip(self, *names: str) -> None:
-        self.findings += [Finding(name, "skipped", "needs what is missing above") for name in names]
+        self.findings += [Finding(name, "skipped", "not looked at: mend what stands above first") for name in names]
 
 
 def _drawn(sampler: Sampler, prompts: Sequence[Prompt]) -> Samples:

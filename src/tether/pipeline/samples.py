@@ -328,12 +328,13 @@ def _targets_by_prefixes(
         if i == 0:
             raise UserError(f"{place}: the first message is the assistant's, expected one of the user or the system")
         before = chat.tokens(Conversation(messages[:i], messages.variables), place, generation_prompt=True)
-        end = len(ids)
+        through, end = ids, len(ids)
         if i < len(messages) - 1:
             through = chat.tokens(Conversation(messages[: i + 1], messages.variables), place)
             end = _turn_end(ids, through, chat.tokenizer)
         if ids[: len(before)] != before or end <= len(before):
-            raise UserError(f"{place}, message {i + 1}: {_why_refused(ids, before, i < len(messages) - 1, chat)}")
+            goes_on = through is not ids and through[: len(before)] == before
+            raise UserError(f"{place}, message {i + 1}: {_why_refused(through, before, goes_on, chat)}")
         is_target[len(before) : end] = [True] * (end - len(before))
     return ids, is_target
 
