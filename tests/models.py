@@ -49,6 +49,16 @@ def token(text: str) -> int:
     return VOCABULARY.index(text)
 
 
+def make_overflowing_model() -> PreTrainedModel:
+    """One whose activations fit float32 and not float16."""
+    model = make_model()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.mul_(3000)
+            layer.mlp.up_proj.weight.mul_(3000)
+    return model
+
+
 def make_tokenizer(pad: str | None = "<eos>") -> PreTrainedTokenizerFast:
     """Letters and pairs; by default pad and eos share an id. Text is encoded letter by letter."""
     backend = Tokenizer(WordLevel({text: i for i, text in enumerate(VOCABULARY)}, unk_token="<unk>"))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models import make_model, make_tokenizer, make_world
+from tests.models import make_model, make_overflowing_model, make_tokenizer, make_world
 from torch import Tensor
 
 from tether.cli import main
@@ -156,12 +156,7 @@ def test_logits_that_are_no_numbers_are_found_by_the_sampler(value: float, tempe
 
 def test_logits_that_overflow_are_told_with_file_and_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A model whose activations fit float32 and not float16, in everything that samples."""
-    model = make_model()
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.down_proj.weight.mul_(3000)
-            layer.mlp.up_proj.weight.mul_(3000)
-    model.save_pretrained(tmp_path / "model")
+    make_overflowing_model().save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "p.jsonl").write_text('{"prompt": "ab"}\n')
     common = ["--model", str(tmp_path / "model"), "--prompts.path", str(tmp_path / "p.jsonl"), "--dtype", "float16"]

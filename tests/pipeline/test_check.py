@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.models import EOS, KINDS, make_model, make_tokenizer
+from tests.models import EOS, KINDS, make_model, make_overflowing_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tether
@@ -163,12 +163,7 @@ def constant_reward(folder: Path) -> list[str]:
 
 
 def overflow(folder: Path) -> list[str]:
-    model = make_model()
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.down_proj.weight.mul_(3000)
-            layer.mlp.up_proj.weight.mul_(3000)
-    model.save_pretrained(folder / "model")
+    make_overflowing_model().save_pretrained(folder / "model")
     return flags(folder, "--dtype", "float16")
 
 

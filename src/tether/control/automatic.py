@@ -6,7 +6,6 @@ N = environments, *obs = shape of an observation.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,11 +18,9 @@ from numpy.typing import NDArray
 
 from tether.control.infos import batched_success, final_observations
 from tether.control.kept import States, bring_states, digests_of, freeze, kept_layers, layers, states_of
-from tether.control.loading import one_line_errors, reason_of
+from tether.control.loading import close_told, one_line_errors, reason_of
 from tether.control.vectors import Flags, Numbers
 from tether.errors import STOPS, UserError
-
-logger = logging.getLogger(__name__)
 
 
 class Automatic:
@@ -168,11 +165,7 @@ class Automatic:
 
     def close(self) -> None:
         """Close it; the second time nothing."""
-        try:
-            with one_line_errors(f"{self._label}: close failed"):
-                self._vector.close()
-        except UserError as error:
-            logger.warning("%s", error)
+        close_told(self._vector, self._label)
 
 
 class _Only:

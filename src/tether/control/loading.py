@@ -5,17 +5,21 @@ Knows nothing of environments.
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import gymnasium
 
 from tether.errors import STOPS, UserError
 from tether.user_code import import_place
 from tether.yaml_file import one_line
+
+logger = logging.getLogger(__name__)
 
 INSTALL = '`pip install "tether[control]"` brings Box2D, MuJoCo and the Atari games'
 _NOT_THE_USERS = (str(Path(__file__).parent), str(Path(traceback.__file__).parent))  # this room, the standard library
@@ -50,6 +54,15 @@ def one_line_errors(what: str) -> Iterator[None]:
         ) from error
     except BaseException as error:
         raise UserError(f"{what}: {reason_of(error)}") from error
+
+
+def close_told(environment: Any, label: str) -> None:
+    """Close an environment. What goes wrong there is told, and no more: everything that it was for is done."""
+    try:
+        with one_line_errors(f"{label}: close failed"):
+            environment.close()
+    except UserError as error:
+        logger.warning("%s", error)
 
 
 def reason_of(error: BaseException) -> str:

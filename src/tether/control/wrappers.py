@@ -7,7 +7,6 @@ Each changes one thing; none knows of several environments or of learning.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from copy import copy
@@ -19,10 +18,8 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from tether.control.kept import States, bring_states, digests_of, freeze, kept_layers, layers, states_of
-from tether.control.loading import one_line_errors, reason_of
+from tether.control.loading import close_told, reason_of
 from tether.errors import STOPS, UserError
-
-logger = logging.getLogger(__name__)
 
 Wrapper = gymnasium.Wrapper[Any, Any, Any, Any]
 Stepped = tuple[NDArray[Any], float, bool, bool, dict[str, Any]]
@@ -94,12 +91,8 @@ class Checked(Wrapper):
         return observation, reward, bool(terminated), bool(truncated), info
 
     def close(self) -> None:
-        """Close it. What goes wrong there is told, and no more: everything that it was for is done."""
-        try:
-            with one_line_errors(f"{self.label}: close failed"):
-                self.env.close()
-        except UserError as error:
-            logger.warning("%s", error)
+        """Close it; see `close_told`."""
+        close_told(self.env, self.label)
 
     def gathered(self) -> tuple[States, States]:
         """What the user's wrappers had gathered before the episode that runs, and what they have now."""

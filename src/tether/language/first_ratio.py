@@ -9,18 +9,21 @@ N = episodes, T = response tokens of the longest.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from tether.errors import UserError
 from tether.language.context import TokenContext
 from tether.language.decoding import PlainDecoder, SlotDecoder
 from tether.language.divergence import TOKENS_AT_ONCE, in_parts
 from tether.language.head import action_log_probs
 from tether.language.policy import LanguagePolicy
+from tether.language.prompts import Prompt
+from tether.language.sampler import Sampler, Samples
 
 EXACT = 1e-3  # largest |log ratio| that rounding makes in float32
 COARSE = 0.1  # and where weights or products have 8 bits of precision; beyond it float32 is asked
@@ -109,6 +112,23 @@ def first_ratio(
     except (torch.OutOfMemoryError, TypeError):  # no room for it, or weights that are kept in fewer bits
         rounding = float(gaps[mask].mean()) <= COARSE
     return replace(found, rounding=rounding)
+
+
+def hold_to_first_ratio(
+    sampler: Sampler, prompts: Sequence[Prompt], samples: Samples, context: TokenContext, actions: Tensor
+) -> FirstRatio:
+    """The `first_ratio` of what a sampler drew for prompts, read as `Sampler.read_by_learner` gives it.
+
+    Raises:
+        UserError: rounding does not explain it.
+    """
+    policy = sampler.policy
+    found = first_ratio(policy, context, actions, samples.log_probs.to(policy.device), samples.mask.to(policy.device))
+    if not found.fits:
+        drawn = samples.response_ids[found.row][found.step]
+        text = sampler.texts.of_tokens([drawn])[drawn]
+        raise UserError(found.misfit(prompts[found.row].place, text, policy))
+    return found
 
 
 def _decoded(policy: LanguagePolicy, context: TokenContext, actions: Tensor) -> float:

@@ -16,13 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tether.chat import GIVEN_BESIDE, KWARGS
 from tether.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
 LONGEST_FIELD = 2**31 - 1  # bytes; Python's csv module stops at 131,072 characters unless told otherwise
 
-FILLED_UP = ("tools", "documents", "chat_template_kwargs")  # columns of objects that a chat template reads
+FILLED_UP = (*GIVEN_BESIDE, KWARGS)  # columns of objects that a chat template reads
 
 Row = dict[str, Any]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tether.episode import short_repr
+from tether.language.context import TokenContext
 from tether.language.decoding import Decoder, PlainDecoder, SlotDecoder, check_decoding
 from tether.language.head import keep_likeliest
 from tether.language.likeliest import alternatives
@@ -157,6 +158,16 @@ class Sampler:
         ends = sorted({*end_token_ids(policy.model, tokenizer), *stops})
         self.end_ids = torch.tensor(ends)
         self.texts = Texts(tokenizer, ends, config.stop)
+
+    def read_by_learner(self, prompt_ids: Sequence[Sequence[int]], samples: Samples) -> tuple[TokenContext, Tensor]:
+        """What was drawn as the policy evaluates it, on its device: the context of N responses, their (N, T) tokens."""
+        device, ids = self.policy.device, samples.response_ids
+        support = None if samples.support is None else samples.support.to(device)
+        context = TokenContext.from_ids(prompt_ids, ids, self.config.temperature, support, device)
+        actions = torch.zeros(samples.mask.shape, dtype=torch.long)
+        for row, own in zip(actions, ids, strict=True):
+            row[: len(own)] = torch.tensor(own)
+        return context, actions.to(device)
 
     @torch.no_grad()
     def sample(self, prompt_ids: Sequence[Sequence[int]], alternatives: bool = False) -> Samples:

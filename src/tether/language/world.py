@@ -28,7 +28,7 @@ from tether.language.context import TokenContext
 from tether.language.divergence import compare
 from tether.language.diversity import distinct_share, repeated_ngrams
 from tether.language.draws import Draw, join_draws, telling_groups
-from tether.language.first_ratio import FirstRatio, first_ratio
+from tether.language.first_ratio import hold_to_first_ratio
 from tether.language.policy import LanguagePolicy
 from tether.language.prompts import Messages, Prompt
 from tether.language.reference import Reference
@@ -207,16 +207,13 @@ class LanguageWorld:
             return UserError(message)
         return FloatingPointError(f"{message}; the run has diverged: lower learner.learning_rate")
 
-    def _check_first_ratio(self, prompts: list[Prompt], samples: Samples, found: FirstRatio) -> None:
+    def _check_first_ratio(
+        self, prompts: list[Prompt], samples: Samples, context: TokenContext, actions: Tensor
+    ) -> None:
         """UserError where the learner reads the first batch otherwise than the sampler drew it."""
+        found = hold_to_first_ratio(self.sampler, prompts, samples, context, actions)
         if found.rounding:
             logger.info("the first ratio: %s", found.rounded(self.policy))
-        if found.fits:
-            return
-        drawn = samples.response_ids[found.row][found.step]
-        raise UserError(
-            found.misfit(prompts[found.row].place, self.sampler.texts.of_tokens([drawn])[drawn], self.policy)
-        )
 
     def _draw(self, prompts: int, before: list[Draw], clock: _Clock) -> Draw:
         """Scored responses to the next `prompts` prompts; `before` was drawn for the same batch."""
@@ -258,17 +255,7 @@ class LanguageWorld:
     def _trajectories(self, prompts: list[Prompt], samples: Samples, scores: Tensor) -> Trajectories:
         device = self.policy.device
         config, mask = self.config, samples.mask.to(device)
-        context = TokenContext.from_ids(
-            [p.token_ids for p in prompts],
-            samples.response_ids,
-            self.sampler.config.temperature,
-            None if samples.support is None else samples.support.to(device),
-            device,
-        )
-        actions = torch.zeros(mask.shape, dtype=torch.long)
-        for row, ids in zip(actions, samples.response_ids, strict=True):
-            row[: len(ids)] = torch.tensor(ids)
-        actions = actions.to(device)
+        context, actions = self.sampler.read_by_learner([p.token_ids for p in prompts], samples)
         log_probs, values = samples.log_probs.to(device), samples.values.to(device)
         compared = torch.arange(count := min(config.kl_responses, len(mask)), device=device) * len(mask) // count
         with self.policy.precision():
@@ -281,7 +268,7 @@ class LanguageWorld:
         if bool(kl[compared][mask[compared]].isnan().any()):
             raise self._fault(f"the KL to the reference is NaN in {self.policy.numbers}: take dtype float32")
         if not self._has_learned:
-            self._check_first_ratio(prompts, samples, first_ratio(self.policy, context, actions, log_probs, mask))
+            self._check_first_ratio(prompts, samples, context, actions)
         shaped = scale_and_clip(scores, config.score_scale, config.score_clip)
         shaped = shaped - config.missing_eos_penalty * ~samples.terminated
         if config.overlong_buffer:

@@ -20,13 +20,13 @@ import torch
 from tether.devices import check_compiler, choose_device
 from tether.episode import short_repr
 from tether.errors import UserError, reason
-from tether.language.context import TokenContext
-from tether.language.first_ratio import first_ratio
+from tether.language.first_ratio import hold_to_first_ratio
 from tether.language.policy import LanguagePolicy
 from tether.language.prompts import Prompt
-from tether.language.sampler import NotANumberError, Sampler, Samples
+from tether.language.sampler import Sampler, Samples
 from tether.language.world import as_completion, score_samples
 from tether.pipeline.checks import Finding, cheap_findings
+from tether.pipeline.generate import sample_prompts
 from tether.pipeline.opening import aligned, describe_device
 from tether.pipeline.ppo import (
     Parts,
@@ -156,7 +156,7 @@ class _Looking:
         asked = [prompt for prompt in few for _ in range(RESPONSES)]
         short = replace(sampler.config, max_new_tokens=min(sampler.config.max_new_tokens, MOST_TOKENS))
         drawer = Sampler(policy, sampler.tokenizer, short, self.config.seed)
-        samples = self._try("first ratio", lambda: _drawn(drawer, asked))
+        samples = self._try("first ratio", lambda: sample_prompts(drawer, asked))
         if samples is None:
             self._skip("scores")
             return
@@ -174,21 +174,11 @@ class _Looking:
                 self.findings.append(_spread(section, scores))
 
     def _ratio(self, policy: LanguagePolicy, sampler: Sampler, prompts: Sequence[Prompt], samples: Samples) -> None:
-        support = None if samples.support is None else samples.support.to(policy.device)
-        ids, device = samples.response_ids, policy.device
-        temperature = sampler.config.temperature
-        context = TokenContext.from_ids([p.token_ids for p in prompts], ids, temperature, support, device)
-        actions = torch.zeros(samples.mask.shape, dtype=torch.long)
-        for row, own in zip(actions, ids, strict=True):
-            row[: len(own)] = torch.tensor(own)
-        found = first_ratio(policy, context, actions.to(device), samples.log_probs.to(device), samples.mask.to(device))
-        if not found.fits:
-            drawn = ids[found.row][found.step]
-            text = sampler.texts.of_tokens([drawn])[drawn]
-            raise UserError(found.misfit(prompts[found.row].place, text, policy))
+        context, actions = sampler.read_by_learner([prompt.token_ids for prompt in prompts], samples)
+        found = hold_to_first_ratio(sampler, prompts, samples, context, actions)
         tokens, ended = int(samples.mask.sum()), int(samples.terminated.sum())
         agree = f"sampler and learner agree within {found.gap:.1e} (at most {found.limit:g} in {policy.numbers})"
-        size = f"{tokens:,} tokens of {len(ids)} responses, {ended} of which ended by themselves"
+        size = f"{tokens:,} tokens of {len(samples.texts)} responses, {ended} of which ended by themselves"
         self._note("first ratio", f"{found.rounded(policy) if found.rounding else agree}; {size}")
 
     def _passes(self, about: str, step: Callable[[], None]) -> bool:
@@ -216,13 +206,6 @@ class _Looking:
 
     def _skip(self, *names: str) -> None:
         self.findings += [Finding(name, "skipped", "not looked at: mend what stands above first") for name in names]
-
-
-def _drawn(sampler: Sampler, prompts: Sequence[Prompt]) -> Samples:
-    try:
-        return sampler.sample([prompt.token_ids for prompt in prompts])
-    except NotANumberError as error:
-        raise UserError(f"{prompts[error.index].place}: {error}") from error
 
 
 def _spread(about: str, scores: Scores) -> Finding:

@@ -21,7 +21,7 @@ from tether.errors import UserError
 from tether.language.models import load_causal_lm, load_tokenizer
 from tether.language.policy import LanguagePolicy
 from tether.language.prompts import Prompt, PromptsConfig, load_prompts, prompts_from_rows
-from tether.language.sampler import NotANumberError, Sampler, SamplingConfig
+from tether.language.sampler import NotANumberError, Sampler, Samples, SamplingConfig
 from tether.pipeline.opening import count
 from tether.pipeline.opening_language import describe_policy, describe_tokenizer
 from tether.pipeline.progress import Tally
@@ -164,13 +164,18 @@ def sample_responses(sampler: Sampler, prompts: Sequence[Prompt], samples: int) 
     size = max(1, sampler.config.batch_size // samples)
     for start in range(0, len(prompts), size):
         chosen = [prompt for prompt in prompts[start : start + size] for _ in range(samples)]
-        try:
-            drawn = sampler.sample([prompt.token_ids for prompt in chosen])
-        except NotANumberError as error:
-            raise UserError(f"{chosen[error.index].place}: {error}") from error
+        drawn = sample_prompts(sampler, chosen)
         log_probs = drawn.log_probs.double().sum(dim=1).tolist()
         columns = (chosen, drawn.texts, drawn.response_ids, drawn.terminated.tolist(), log_probs)
         yield [Response(*values) for values in zip(*columns, strict=True)]
+
+
+def sample_prompts(sampler: Sampler, prompts: Sequence[Prompt]) -> Samples:
+    """A response to each prompt. Raises UserError, which names the prompt, where the model gives NaN for one."""
+    try:
+        return sampler.sample([prompt.token_ids for prompt in prompts])
+    except NotANumberError as error:
+        raise UserError(f"{prompts[error.index].place}: {error}") from error
 
 
 def check_output(path: str, overwrite: bool) -> None:
